@@ -1,0 +1,15 @@
+"""Estimate in, decision out: the controller of batch, rates and clipping. Pure Python, no torch."""
+
+from noiseopt.control.config import NoiseConfig as NoiseConfig
+from noiseopt.control.controller import Controller as Controller
+from noiseopt.control.decision import Decision as Decision
+from noiseopt.control.decision import Window as Window
+from noiseopt.control.rates import RateRule as RateRule
+from noiseopt.control.rates import Rates as Rates
+from noiseopt.control.rates import adascale_gain as adascale_gain
+from noiseopt.control.rates import bias_correction as bias_correction
+from noiseopt.control.rates import scaled_beta2 as scaled_beta2
+from noiseopt.control.rates import sqrt_gain as sqrt_gain
+from noiseopt.control.state import ControllerState as ControllerState
+from noiseopt.control.state import from_numbers as from_numbers
+from noiseopt.control.state import to_numbers as to_numbers

@@ -1,0 +1,160 @@
+"""The settings of noise-aware training: plain values, checked once, before anything is changed."""
+
+import math
+from dataclasses import dataclass, fields
+
+MODES = ("auto", "advise", "off")
+ACCUMULATIONS = ("internal", "external")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoiseConfig:
+    """What a noise-aware optimizer measures, decides and may change.
+
+    Attributes:
+        mode: "auto" measures and adapts; "advise" measures, decides and records, and changes
+            nothing; "off" is torch's own optimizer.
+        accumulation_steps: micro-batches in the first window; with the learning rate they are the
+            reference from which the batch is scaled.
+        min_accumulation_steps: the shortest window that may be decided.
+        max_accumulation_steps: the longest window that may be decided.
+        accumulation: "internal": each call of `step()` brings one micro-batch and the optimizer
+            averages a window of them. "external": the loop accumulates a whole window in `p.grad`,
+            as long as `accumulation_steps` says, and calls `step()` once.
+        samples_per_micro_batch: samples in one micro-batch on one rank. If not given, noise and
+            batches are counted in micro-batches.
+        half_life_fraction: half-life of the averages, as a share of the samples seen.
+        half_life_windows: its least length, in measured windows.
+        winsorise: standard deviations beyond which a window counts as an outlier.
+        confidence: the level of every interval and bound.
+        decision_interval: updates between two decisions. Measurements stay on the device until
+            then, so that no other update waits for it.
+        probe_interval: where windows have one gradient and show no noise, every so many updates
+            use a window of two. 0 never probes: the noise stays unknown until windows grow.
+        min_effective_count: independent windows that an estimate must be worth to be acted upon.
+        grow_when_stable: grow while the learning rate is flat and the noise allows it.
+        noise_margin: when stable, the batch stays below this share of the scale's lower bound.
+        grow_in_decay: grow as the schedule lowers the learning rate (Seesaw, Meterez et al. 2026).
+        decay_noise_fraction: in decay, the noise fraction's lower bound that growth requires.
+        dwell_fraction: the least distance between two changes, as a share of the samples seen.
+        dwell_updates: the same in updates; the longer of the two holds.
+        adapt_lr: couple the learning rate to the batch by the optimizer's own rule.
+        max_lr_factor: the largest factor on the user's learning rate; its inverse is the smallest.
+        adapt_beta2: keep the half-life of Adam's second moment in samples.
+        min_beta2: the least beta2 that this may lead to.
+        adapt_weight_decay: keep the timescale of decoupled weight decay in samples.
+        verify: watch the loss after a change, where it is known, and revert what hurt.
+        loss_tolerance: how much worse than its trend, relative to it, the loss may become.
+        max_reverts: reverts after which the batch is no longer changed.
+        adapt_clip: clip at the noise-predicted norm, widened by its observed spread.
+        clip_z: standard deviations of the log norm above its level where clipping begins.
+        max_norm: a ceiling on the norm that holds from the first update, as in
+            `clip_grad_norm_`; infinite for none.
+        skip_nonfinite: leave out micro-batches whose gradient is not finite.
+
+    Raises:
+        ValueError: a value is out of its range or contradicts another; names both and what is
+            allowed.
+        TypeError: a value is of the wrong type.
+    """
+
+    mode: str = "auto"
+    accumulation_steps: int = 1
+    min_accumulation_steps: int = 1
+    max_accumulation_steps: int = 32
+    accumulation: str = "internal"
+    samples_per_micro_batch: float | None = None
+    half_life_fraction: float = 0.03
+    half_life_windows: float = 32.0
+    winsorise: float = 5.0
+    confidence: float = 0.95
+    decision_interval: int = 10
+    probe_interval: int = 16
+    min_effective_count: float = 20.0
+    grow_when_stable: bool = True
+    noise_margin: float = 0.5
+    grow_in_decay: bool = True
+    decay_noise_fraction: float = 0.5
+    dwell_fraction: float = 0.05
+    dwell_updates: int = 50
+    adapt_lr: bool = True
+    max_lr_factor: float = 4.0
+    adapt_beta2: bool = True
+    min_beta2: float = 0.9
+    adapt_weight_decay: bool = True
+    verify: bool = True
+    loss_tolerance: float = 0.005
+    max_reverts: int = 3
+    adapt_clip: bool = True
+    clip_z: float = 3.0
+    max_norm: float = math.inf
+    skip_nonfinite: bool = True
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            self._check_type(item.name, str(item.type))
+        self._check("mode", self.mode in MODES, f"one of {MODES}")
+        self._check("accumulation", self.accumulation in ACCUMULATIONS, f"one of {ACCUMULATIONS}")
+        for name in _AT_LEAST_ONE:
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in _NOT_NEGATIVE:
+            self._check(name, getattr(self, name) >= 0, "at least 0")
+        for name in _POSITIVE:
+            self._check(name, getattr(self, name) > 0, "positive")
+        for name in _SHARES:
+            self._check(name, 0 < getattr(self, name) < 1, "between 0 and 1")
+        self._check_range()
+
+    def _check_range(self) -> None:
+        low, high = self.min_accumulation_steps, self.max_accumulation_steps
+        self._check(
+            "accumulation_steps",
+            low <= self.accumulation_steps <= high,
+            f"from min_accumulation_steps = {low} to max_accumulation_steps = {high}",
+        )
+        if self.samples_per_micro_batch is not None:
+            self._check(
+                "samples_per_micro_batch",
+                0 < self.samples_per_micro_batch < math.inf,
+                "positive and finite, or None to count micro-batches",
+            )
+        self._check(
+            "probe_interval", self.probe_interval != 1, "0 (never) or at least 2 updates apart"
+        )
+
+    def _check_type(self, name: str, annotation: str) -> None:
+        value = getattr(self, name)
+        kind = annotation.removeprefix("<class '").removesuffix("'>").split(" ")[0]
+        allowed: dict[str, tuple[type, ...]] = {
+            "int": (int,),
+            "float": (int, float),
+            "bool": (bool,),
+            "str": (str,),
+        }
+        if value is None and "None" in annotation:
+            return
+        if not isinstance(value, allowed[kind]) or (kind != "bool" and isinstance(value, bool)):
+            raise TypeError(f"NoiseConfig.{name} is {value!r}: it must be of type {kind}")
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"NoiseConfig.{name} is nan: it must be a number")
+
+    def _check(self, name: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            raise ValueError(f"NoiseConfig.{name} is {getattr(self, name)!r}: it must be {allowed}")
+
+
+_AT_LEAST_ONE = (
+    "accumulation_steps",
+    "min_accumulation_steps",
+    "max_accumulation_steps",
+    "half_life_windows",
+    "winsorise",
+    "decision_interval",
+    "min_effective_count",
+    "dwell_updates",
+    "max_lr_factor",
+    "max_reverts",
+)
+_NOT_NEGATIVE = ("probe_interval", "dwell_fraction", "loss_tolerance")
+_POSITIVE = ("clip_z", "max_norm", "noise_margin")
+_SHARES = ("half_life_fraction", "confidence", "decay_noise_fraction", "min_beta2")

@@ -1,0 +1,196 @@
+"""The controller: windows in, decisions out, one pure transition at a time.
+
+`learn` takes in one window; `decide` proposes a change (see `proposal`) and follows it. Neither
+knows a clock or randomness: the same windows and learning rates give the same decisions.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from noiseopt.control.config import NoiseConfig
+from noiseopt.control.decision import Decision, Window
+from noiseopt.control.proposal import Change, propose
+from noiseopt.control.rates import RateRule, Rates
+from noiseopt.control.state import ControllerState
+from noiseopt.estimate import NoiseEstimate
+
+CAUTION_AFTER_REVERT = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Controller:
+    """Settings and state; `learn` and `decide` return the next controller.
+
+    Attributes:
+        config: the user's settings.
+        rule: the optimizer's learning-rate rule, from `noiseopt.control.rates`.
+        state: everything that changes, as plain numbers.
+        unit: what samples are: "samples" or "micro-batches".
+    """
+
+    config: NoiseConfig
+    rule: RateRule
+    state: ControllerState
+    unit: str
+
+    @classmethod
+    def create(cls, config: NoiseConfig, rule: RateRule, num_groups: int = 1) -> "Controller":
+        """A controller at the start of a run."""
+        unit = "micro-batches" if config.samples_per_micro_batch is None else "samples"
+        return cls(config, rule, ControllerState.initial(config, num_groups), unit)
+
+    def window_steps(self, num_updates: int) -> int:
+        """The length of the window after so many updates: the decided one, or a probe of two."""
+        steps, interval = self.state.accumulation_steps, self.config.probe_interval
+        may_probe = self.config.mode == "auto" and self.config.max_accumulation_steps >= 2
+        if steps == 1 and may_probe and interval and (num_updates + 1) % interval == 0:
+            return 2
+        return steps
+
+    def rates(self, steps: int) -> Rates:
+        """The factors on the hyper-parameters for a window of so many steps."""
+        kappa = steps / self.state.reference_steps
+        if kappa == 1:
+            return Rates()
+        config = self.config
+        lr = self.rule(kappa, self.state.noise_ratio) if config.adapt_lr else 1.0
+        lr = min(max(lr, 1 / config.max_lr_factor), config.max_lr_factor)
+        return Rates(
+            lr=lr,
+            beta2=kappa if config.adapt_beta2 else 1.0,
+            weight_decay=kappa / lr if config.adapt_weight_decay else 1.0,
+        )
+
+    def max_norm(self, steps: int) -> float:
+        """The clipping threshold for a window of so many steps; infinite for none."""
+        if not self.config.adapt_clip:
+            return self.config.max_norm
+        level = self.state.norms.threshold(self.config.clip_z)
+        return min(self.config.max_norm, level * self._norm_ratio(self.batch(steps)))
+
+    def batch(self, steps: int) -> float:
+        """Samples in a window of so many steps, by the mean micro-batch so far."""
+        state = self.state
+        if state.micro_batches and state.estimator.samples_seen:
+            return steps * state.estimator.samples_seen / state.micro_batches
+        return steps * (self.config.samples_per_micro_batch or 1.0)
+
+    def learn(self, window: Window) -> "Controller":
+        """Take in one window."""
+        state = self.state
+        estimator, norms, grad_norm = state.estimator, state.norms, 0.0
+        if window.norms is not None:
+            estimator = estimator.update(window.norms)
+            grad_norm = math.sqrt(math.fsum(window.norms.big_sq))
+            if grad_norm > 0:
+                norms = norms.update(math.log(grad_norm / self._norm_ratio(window.norms.big_batch)))
+        has_loss = window.loss_count > 0 and math.isfinite(window.loss_sum)
+        return self._with(
+            estimator=estimator,
+            norms=norms,
+            grad_norm=grad_norm,
+            num_updates=state.num_updates + window.applied,
+            micro_batches=state.micro_batches + window.micro_batches - window.skipped,
+            total_clipped=state.total_clipped + window.clipped,
+            total_skipped=state.total_skipped + window.skipped,
+            loss_sum=state.loss_sum + (window.loss_sum if has_loss else 0.0),
+            loss_count=state.loss_count + (window.loss_count if has_loss else 0),
+        )
+
+    def decide(self, lr: float) -> tuple["Controller", Decision]:
+        """Decide on the windows to come.
+
+        Args:
+            lr: the user's learning rate now, the adapted factor not included.
+        """
+        loss = self.state.loss_sum / self.state.loss_count if self.state.loss_count else None
+        here = self._observe(lr, loss)
+        state, noise = here.state, here._estimate()
+        change = propose(self.config, state, noise)
+        decided = here._follow(change, noise)
+        applied = self.config.mode == "auto"
+        steps = decided.state.accumulation_steps
+        return (decided if applied else here), Decision(
+            num_updates=state.num_updates,
+            samples_seen=state.estimator.samples_seen,
+            action=change.action,
+            reason=change.reason,
+            applied=applied,
+            phase=state.phase,
+            accumulation_steps=steps,
+            batch=decided.batch(steps),
+            rates=decided.rates(steps),
+            max_norm=decided.max_norm(steps),
+            verifying=decided.state.verification.pending,
+            noise=noise,
+            lr=lr,
+            loss=loss,
+            grad_norm=state.grad_norm or None,
+            total_clipped=state.total_clipped,
+            total_skipped=state.total_skipped,
+        )
+
+    def _with(self, **changes: Any) -> "Controller":
+        return replace(self, state=replace(self.state, **changes))
+
+    def _observe(self, lr: float, loss: float | None) -> "Controller":
+        state = self.state
+        verification = state.verification
+        if loss is not None and state.estimator.samples_seen > 0:
+            verification = verification.observe(state.estimator.samples_seen, loss)
+        elif verification.pending:
+            verification = verification.finish()
+        return self._with(
+            verification=verification,
+            previous_lr=state.lr,
+            lr=lr,
+            peak_lr=max(state.peak_lr, lr),
+            loss_sum=0.0,
+            loss_count=0,
+        )
+
+    def _estimate(self) -> NoiseEstimate | None:
+        batch = self.batch(self.state.accumulation_steps)
+        return self.state.estimator.estimate(batch, self.config.confidence, self.unit)
+
+    def _norm_ratio(self, batch: float) -> float:
+        """m(batch) / m(reference batch) by the measured noise; 1 while it is unknown."""
+        estimator = self.state.estimator
+        if estimator.average.effective_count < self.config.min_effective_count:
+            return 1.0
+        norm = estimator.norm_at(self.batch(self.state.reference_steps))
+        return estimator.norm_at(batch) / norm if norm > 0 else 1.0
+
+    def _follow(self, change: Change, noise: NoiseEstimate | None) -> "Controller":
+        """The controller after a change was made, or held."""
+        state = self.state
+        samples, verification = state.estimator.samples_seen, state.verification
+        noise_ratio = state.noise_ratio
+        if noise is not None and noise.effective_count >= self.config.min_effective_count:
+            reference = noise.batch * state.reference_steps / state.accumulation_steps
+            noise_ratio = state.caution * noise.scale_lower / reference
+        if verification.pending and state.verdict(self.config.loss_tolerance) != "open":
+            verification = verification.finish()
+        changed = change.steps != state.accumulation_steps
+        if change.action == "revert":
+            state = replace(
+                state,
+                reverts=state.reverts + 1,
+                caution=CAUTION_AFTER_REVERT * state.caution,
+                blocked_until=samples * (1 + self.config.dwell_fraction),
+            )
+        elif changed and self.config.verify:
+            verification = verification.start(state.accumulation_steps)
+        if changed:
+            state = replace(state, changed_at_samples=samples, changed_at_updates=state.num_updates)
+        return replace(
+            self,
+            state=replace(
+                state,
+                verification=verification,
+                accumulation_steps=change.steps,
+                stable_steps=change.steps if state.phase != "decay" else state.stable_steps,
+                noise_ratio=noise_ratio,
+            ),
+        )

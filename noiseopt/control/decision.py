@@ -1,0 +1,76 @@
+"""What a decision rests on and what it says: the two ends of the controller."""
+
+from dataclasses import dataclass
+
+from noiseopt.control.rates import Rates
+from noiseopt.estimate import NoiseEstimate, WindowNorms
+
+ACTIONS = ("hold", "grow", "shrink", "revert")
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What one window brought. Feeding the same windows again gives the same decisions.
+
+    Attributes:
+        norms: the squared norms of its gradients; None if no gradient in it was finite.
+        micro_batches: micro-batches in it on one rank, the skipped ones included.
+        skipped: micro-batches left out because their gradient was not finite.
+        applied: whether it ended in an update.
+        clipped: whether that update's gradient was clipped.
+        loss_sum: sum of the reported losses, each a mean over one micro-batch.
+        loss_count: how many losses were reported.
+    """
+
+    norms: WindowNorms | None
+    micro_batches: int
+    skipped: int = 0
+    applied: bool = True
+    clipped: bool = False
+    loss_sum: float = 0.0
+    loss_count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One record: what was measured, what was changed or held, and why.
+
+    Attributes:
+        num_updates: updates applied so far.
+        samples_seen: samples (or micro-batches) seen so far.
+        action: "hold", "grow", "shrink" or "revert".
+        reason: why, in words and numbers.
+        applied: whether it takes effect; False in mode "advise".
+        phase: "warm-up", "stable" or "decay", by the user's learning rate.
+        accumulation_steps: the window decided on, in micro-batches on each rank.
+        batch: samples in such a window on all ranks.
+        rates: the factors on the user's hyper-parameters that go with it.
+        max_norm: the clipping threshold at this batch; infinite for none.
+        verifying: whether a change is still being verified against the loss.
+        noise: the estimate; None while it is unknown.
+        lr: the user's learning rate, the adapted factor not included.
+        loss: the mean reported loss since the last decision; None if none was.
+        grad_norm: the last window's gradient norm before clipping; None if it was skipped.
+        total_clipped: updates clipped so far.
+        total_skipped: micro-batches skipped so far.
+        windows: what was measured since the last decision, for replay.
+    """
+
+    num_updates: int
+    samples_seen: float
+    action: str
+    reason: str
+    applied: bool
+    phase: str
+    accumulation_steps: int
+    batch: float
+    rates: Rates
+    max_norm: float
+    verifying: bool
+    noise: NoiseEstimate | None
+    lr: float
+    loss: float | None
+    grad_norm: float | None
+    total_clipped: int
+    total_skipped: int
+    windows: tuple[Window, ...] = ()

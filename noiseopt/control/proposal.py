@@ -1,0 +1,145 @@
+"""Which window to use next, and why: the rules, in the order in which they speak.
+
+Revert what hurt. Hold while the noise is unknown or uncertain, a change is being verified, the
+learning rate rises, or a revert is recent. Halve the window when the noise scale's upper bound lies
+far below the batch. While the learning rate is flat, double it when the lower bound leaves room.
+While the user's schedule lowers the rate, let the window grow by the same factor as long as noise
+dominates: with the square-root rule this trades a decay by a for one by sqrt(a) at a times the
+batch (Seesaw, Meterez et al. 2026), which is equivalent where tr(Sigma)/B >> |G|^2.
+"""
+
+import math
+from dataclasses import dataclass
+
+from noiseopt.control.config import NoiseConfig
+from noiseopt.control.state import ControllerState
+from noiseopt.estimate import NoiseEstimate
+
+SHRINK_BELOW = 2 * math.sqrt(2)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A proposed window and the reason for it.
+
+    Attributes:
+        action: "hold", "grow", "shrink" or "revert".
+        steps: the window to use, in micro-batches on each rank.
+        reason: why, in words and numbers.
+    """
+
+    action: str
+    steps: int
+    reason: str
+
+
+def propose(config: NoiseConfig, state: ControllerState, noise: NoiseEstimate | None) -> Change:
+    """Propose the next window."""
+    steps = state.accumulation_steps
+    verdict = state.verdict(config.loss_tolerance) if config.verify else "fine"
+    if verdict == "hurt":
+        return _revert(state)
+    if noise is None:
+        return Change("hold", steps, unknown(config, state))
+    waiting = _wait(config, state, noise, verdict)
+    if waiting:
+        return Change("hold", steps, waiting)
+    shrunk = _shrink(config, state, noise)
+    if shrunk:
+        return shrunk
+    grow = _grow_in_decay if state.phase == "decay" else _grow_when_stable
+    return grow(config, state, noise)
+
+
+def unknown(config: NoiseConfig, state: ControllerState) -> str:
+    """Why there is no estimate yet, in words."""
+    if state.accumulation_steps > 1:
+        return f"noise unknown: {state.estimator.windows} windows measured so far"
+    if config.mode == "auto" and config.probe_interval:
+        return (
+            "noise unknown: a window of 1 has one gradient and no spread; every "
+            f"{config.probe_interval}th update is a probe window of 2 "
+            f"({state.estimator.windows} so far)"
+        )
+    return (
+        "noise unknown: a window of 1 has one gradient and no spread, and nothing is probed; "
+        "set accumulation_steps >= 2, or mode='auto' with probe_interval > 1"
+    )
+
+
+def _wait(
+    config: NoiseConfig, state: ControllerState, noise: NoiseEstimate, verdict: str
+) -> str | None:
+    """Why nothing may change now; None if something may."""
+    if noise.effective_count < config.min_effective_count:
+        return (
+            f"the estimate is worth {noise.effective_count:.1f} independent windows of the "
+            f"{config.min_effective_count:g} required"
+        )
+    if state.reverts >= config.max_reverts:
+        return f"{state.reverts} changes were reverted: no more are made"
+    if state.verification.pending and verdict == "open":
+        return "the last change is being verified against the loss"
+    if state.phase == "warm-up":
+        return f"the learning rate is rising ({state.lr:.3g})"
+    if state.estimator.samples_seen < state.blocked_until:
+        return "nothing changes for a while after a revert"
+    return None
+
+
+def _revert(state: ControllerState) -> Change:
+    verification = state.verification
+    return Change(
+        "revert",
+        verification.revert_to,
+        f"the loss runs {verification.mean_excess:.4g} above its trend of "
+        f"{verification.expected:.4g} since the window became {state.accumulation_steps}",
+    )
+
+
+def _shrink(config: NoiseConfig, state: ControllerState, noise: NoiseEstimate) -> Change | None:
+    steps, least = state.accumulation_steps, config.min_accumulation_steps
+    bound = noise.scale_upper * state.caution
+    if steps <= least or bound > noise.batch / SHRINK_BELOW or not state.settled(config):
+        return None
+    return Change(
+        "shrink",
+        max(steps // 2, least),
+        f"the noise scale is at most {noise.scale_upper:.4g}, far below the batch of "
+        f"{noise.batch:.4g}",
+    )
+
+
+def _grow_when_stable(config: NoiseConfig, state: ControllerState, noise: NoiseEstimate) -> Change:
+    steps = state.accumulation_steps
+    larger = min(2 * steps, config.max_accumulation_steps)
+    batch = noise.batch * larger / steps
+    room = config.noise_margin * state.caution * noise.scale_lower
+    if not config.grow_when_stable:
+        return Change("hold", steps, "growth while the learning rate is flat is off")
+    if larger == steps:
+        return Change("hold", steps, f"the window is at its limit of {steps}")
+    if batch > room:
+        reason = f"a batch of {batch:.4g} exceeds the {room:.4g} for which the noise leaves room"
+        return Change("hold", steps, reason)
+    if not state.settled(config):
+        return Change("hold", steps, "too soon after the last change")
+    reason = f"the noise leaves room for a batch of {room:.4g}: {batch:.4g} is below it"
+    return Change("grow", larger, reason)
+
+
+def _grow_in_decay(config: NoiseConfig, state: ControllerState, noise: NoiseEstimate) -> Change:
+    steps = state.accumulation_steps
+    if not config.grow_in_decay or state.lr <= 0:
+        return Change("hold", steps, "growth in decay is off, or the learning rate is 0")
+    decay = state.peak_lr / state.lr
+    allowed = min(math.floor(state.stable_steps * decay + 1e-9), config.max_accumulation_steps)
+    larger = min(allowed, 2 * steps)
+    fell = f"the learning rate fell to 1/{decay:.2f} of its peak"
+    if larger <= steps:
+        return Change("hold", steps, f"{fell}: a window of {allowed} at most")
+    least = config.decay_noise_fraction / state.caution
+    share = f"noise is at least {noise.fraction_lower:.3f} of the gradient"
+    if noise.fraction_lower < least:
+        return Change("hold", steps, f"{fell}, but {share}: growth takes {least:.3g}")
+    return Change("grow", larger, f"{fell} and {share}")

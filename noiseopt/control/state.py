@@ -1,0 +1,144 @@
+"""Everything about a controller that changes, and its form as a flat dict of plain numbers."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, TypeVar, cast
+
+from noiseopt.control.clipping import NormLevel
+from noiseopt.control.config import NoiseConfig
+from noiseopt.control.verification import Verification
+from noiseopt.estimate import GroupNoise, NoiseEstimator
+
+T = TypeVar("T")
+Number = int | float
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerState:
+    """The state between two decisions.
+
+    Attributes:
+        estimator: the noise estimator.
+        norms: level and spread of the gradient norm.
+        verification: the loss trend and a pending judgement.
+        accumulation_steps: the decided window.
+        reference_steps: the window for which the user's rates were chosen.
+        stable_steps: the window when the schedule began to lower the learning rate.
+        noise_ratio: the noise scale's lower bound over the reference batch; 0 while unknown.
+        num_updates: updates applied.
+        micro_batches: micro-batches seen on one rank.
+        total_clipped: updates whose gradient was clipped.
+        total_skipped: micro-batches left out because they were not finite.
+        lr: the user's learning rate at the last decision.
+        previous_lr: the one before.
+        peak_lr: the highest so far.
+        changed_at_samples: samples seen at the last change of the window.
+        changed_at_updates: updates applied by then.
+        reverts: how many changes were reverted.
+        blocked_until: no growth before so many samples.
+        caution: the factor on the noise scale after reverts.
+        loss_sum: sum of the losses reported since the last decision.
+        loss_count: their number.
+        grad_norm: the last window's gradient norm; 0 if it was skipped.
+    """
+
+    estimator: NoiseEstimator
+    norms: NormLevel
+    verification: Verification
+    accumulation_steps: int
+    reference_steps: int
+    stable_steps: int
+    noise_ratio: float = 0.0
+    num_updates: int = 0
+    micro_batches: int = 0
+    total_clipped: int = 0
+    total_skipped: int = 0
+    lr: float = 0.0
+    previous_lr: float = 0.0
+    peak_lr: float = 0.0
+    changed_at_samples: float = 0.0
+    changed_at_updates: int = 0
+    reverts: int = 0
+    blocked_until: float = 0.0
+    caution: float = 1.0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    grad_norm: float = 0.0
+
+    @classmethod
+    def initial(cls, config: NoiseConfig, num_groups: int) -> "ControllerState":
+        """The state before the first window."""
+        steps = config.accumulation_steps
+        return cls(
+            estimator=NoiseEstimator(
+                half_life_fraction=config.half_life_fraction,
+                half_life_windows=config.half_life_windows,
+                winsorise=config.winsorise,
+                groups=(GroupNoise(0.0, 0.0),) * num_groups,
+            ),
+            norms=NormLevel(),
+            verification=Verification(),
+            accumulation_steps=steps,
+            reference_steps=steps,
+            stable_steps=steps,
+        )
+
+    @property
+    def phase(self) -> str:
+        """What the user's schedule is doing: "warm-up", "stable" or "decay"."""
+        if self.lr > self.previous_lr:
+            return "warm-up"
+        return "decay" if self.lr < self.peak_lr * (1 - 1e-6) else "stable"
+
+    def verdict(self, tolerance: float) -> str:
+        """Whether the last change hurt the loss: "hurt", "fine" or "open"."""
+        return self.verification.verdict(max(self.estimator.samples_seen, 1.0), tolerance)
+
+    def settled(self, config: NoiseConfig) -> bool:
+        """Whether the last change is far enough back for another."""
+        distance = self.estimator.samples_seen - self.changed_at_samples
+        updates = self.num_updates - self.changed_at_updates
+        far = distance >= config.dwell_fraction * self.estimator.samples_seen
+        return far and updates >= config.dwell_updates
+
+
+def to_numbers(state: Any, prefix: str = "") -> dict[str, Number]:
+    """Flatten nested dataclasses and tuples of them into {"outer.inner": number}."""
+    if is_dataclass(state):
+        items = [(item.name, getattr(state, item.name)) for item in fields(state)]
+    elif isinstance(state, tuple):
+        items = [(str(index), value) for index, value in enumerate(state)]
+    else:
+        return {prefix: state}
+    numbers: dict[str, Number] = {}
+    for name, value in items:
+        numbers |= to_numbers(value, f"{prefix}.{name}" if prefix else name)
+    return numbers
+
+
+def from_numbers(like: T, numbers: Mapping[str, Number], prefix: str = "") -> T:
+    """Rebuild what `to_numbers` flattened, in the shape of `like`.
+
+    Raises:
+        ValueError: a number is missing; names it.
+    """
+    return cast("T", _rebuild(like, numbers, prefix))
+
+
+def _rebuild(like: Any, numbers: Mapping[str, Number], prefix: str) -> Any:
+    if is_dataclass(like):
+        inner = f"{prefix}." if prefix else ""
+        names = [item.name for item in fields(like)]
+        values = [_rebuild(getattr(like, name), numbers, inner + name) for name in names]
+        kind: Callable[..., Any] = type(like)
+        return kind(**dict(zip(names, values, strict=True)))
+    if isinstance(like, tuple):
+        return tuple(
+            _rebuild(value, numbers, f"{prefix}.{index}") for index, value in enumerate(like)
+        )
+    if prefix not in numbers:
+        raise ValueError(
+            f"the saved noise state lacks {prefix!r}: it is of another version or number of "
+            "parameter groups; load the optimizer without its 'noise' entries to start it anew"
+        )
+    return type(like)(numbers[prefix])
