@@ -1,0 +1,1 @@
+"""Thin adapters between noiseopt and training frameworks; import them as noiseopt.integrations."""
