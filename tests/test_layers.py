@@ -18,7 +18,7 @@ LAYERS = (
     {"capture", "distributed"},
     {"adaptation"},
     {"optim", "schedulers", "monitor"},
-    {"", "__main__", "cli", "demo", "integrations", "plan", "report"},  # "" is the package itself
+    {"", "__main__", "cli", "demo", "integrations", "plan", "record", "report"},  # "" is the package itself
 )
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 PURE = LAYERS[0] | LAYERS[1]

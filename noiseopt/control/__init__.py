@@ -4,6 +4,8 @@ from noiseopt.control.config import NoiseConfig as NoiseConfig
 from noiseopt.control.controller import Controller as Controller
 from noiseopt.control.decision import Decision as Decision
 from noiseopt.control.decision import Window as Window
+from noiseopt.control.metrics import metrics as metrics
+from noiseopt.control.rates import RATE_RULES as RATE_RULES
 from noiseopt.control.rates import RateRule as RateRule
 from noiseopt.control.rates import Rates as Rates
 from noiseopt.control.rates import adascale_gain as adascale_gain

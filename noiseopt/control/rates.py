@@ -33,6 +33,9 @@ def sqrt_gain(kappa: float, noise: float) -> float:
     return math.sqrt(adascale_gain(kappa, noise))
 
 
+RATE_RULES: dict[str, RateRule] = {"adam": sqrt_gain, "sgd": adascale_gain}
+
+
 @dataclass(frozen=True, slots=True)
 class Rates:
     """The factors that one update puts on the user's hyper-parameters, and takes back.

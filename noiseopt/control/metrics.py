@@ -1,0 +1,51 @@
+"""A decision as named plain numbers, the form in which dashboards and logs take it."""
+
+import math
+
+from noiseopt.control.decision import Decision
+from noiseopt.estimate import NoiseEstimate
+
+
+def metrics(decision: Decision) -> dict[str, float]:
+    """Name a decision's numbers; what is unknown or not finite is left out.
+
+    `noise/samples`, the samples seen, is always there: it is the axis of all others. Norms are
+    plain, not squared; `noise/signal` and `noise/trace` are squared norms.
+    """
+    values: dict[str, float | None] = {
+        "noise/samples": decision.samples_seen,
+        "decide/num_updates": decision.num_updates,
+        "decide/accumulation_steps": decision.accumulation_steps,
+        "decide/batch": decision.batch,
+        "decide/lr": decision.lr,
+        "decide/lr_factor": decision.rates.lr,
+        "decide/beta2_exponent": decision.rates.beta2,
+        "decide/weight_decay_factor": decision.rates.weight_decay,
+        "decide/verifying": decision.verifying,
+        "decide/loss": decision.loss,
+        "clip/max_norm": decision.max_norm,
+        "clip/grad_norm": decision.grad_norm,
+        "clip/total_clipped": decision.total_clipped,
+        "clip/total_skipped": decision.total_skipped,
+    }
+    if decision.noise is not None:
+        values |= _noise(decision.noise)
+    return {
+        name: float(value)
+        for name, value in values.items()
+        if value is not None and math.isfinite(value)
+    }
+
+
+def _noise(noise: NoiseEstimate) -> dict[str, float | None]:
+    return {
+        "noise/scale": noise.scale,
+        "noise/scale_low": noise.scale_interval[0],
+        "noise/scale_high": noise.scale_interval[1],
+        "noise/fraction": noise.fraction,
+        "noise/fraction_low": noise.fraction_interval[0],
+        "noise/fraction_high": noise.fraction_interval[1],
+        "noise/signal": noise.signal,
+        "noise/trace": noise.trace,
+        "noise/effective_count": noise.effective_count,
+    }
