@@ -11,14 +11,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# A module may import those of its own layer and of the layers above it in this list.
+# A module may import those of its own layer and of the layers above it in this list;
+# "" is the package itself.
 LAYERS = (
     {"estimate"},
     {"control"},
     {"capture", "distributed"},
     {"adaptation"},
     {"optim", "schedulers", "monitor"},
-    {"", "__main__", "cli", "demo", "integrations", "plan", "record", "report"},  # "" is the package itself
+    {"", "__main__", "cli", "demo", "integrations", "plan", "record", "report"},
 )
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 PURE = LAYERS[0] | LAYERS[1]
