@@ -84,8 +84,8 @@ class Average:
         )
 
     def _winsorise(self, value: float, mean: float, spread: float, limit: float) -> float:
-        if self.weight_sq == 0 or self.count < MIN_COUNT_TO_WINSORISE:
-            return value
+        if spread <= 0 or self.count < MIN_COUNT_TO_WINSORISE:
+            return value  # without a spread the limit would hold the stream where it is for good
         reach = limit * math.sqrt(spread / self._freedom)
         return min(max(value, mean - reach), mean + reach)
 

@@ -2,7 +2,9 @@
 
 The two-sided interval is Fieller's: all rho with (a - rho b)^2 <= z^2 Var(a - rho b). Where b is
 not significantly positive its upper end is infinite, which is the honest answer. The one-sided
-bounds move numerator and denominator against each other; the lower one always exists.
+bounds move numerator and denominator against each other; the lower one always exists. A negative
+mean counts as 0, below which the truth cannot be: this only widens the set, keeps every bound
+monotone in the confidence, and keeps the lower bound from running off where b < 0.
 """
 
 import math
@@ -33,15 +35,16 @@ def ratio_bounds(
     Example:
         >>> bounds = ratio_bounds(10.0, 2.0, var_a=0.01, var_b=0.01, cov_ab=0.0)
         >>> [round(x, 2) for x in bounds.interval]
-        [4.53, 5.56]
+        [4.78, 5.23]
         >>> ratio_bounds(10.0, 0.1, var_a=0.01, var_b=0.01, cov_ab=0.0).interval[1]
         inf
     """
+    a, b = max(a, 0.0), max(b, 0.0)
     one_sided = NormalDist().inv_cdf(confidence)
     margin_a, margin_b = one_sided * math.sqrt(var_a), one_sided * math.sqrt(var_b)
     top, bottom = max(a - margin_a, 0.0), b + margin_b
     lower = top / bottom if bottom > 0 else 0.0
-    upper = max(a + margin_a, 0.0) / (b - margin_b) if b > margin_b else math.inf
+    upper = (a + margin_a) / (b - margin_b) if b > margin_b else math.inf
     interval = _fieller(a, b, var_a, var_b, cov_ab, NormalDist().inv_cdf((1 + confidence) / 2))
     return RatioBounds(interval, lower, upper)
 
@@ -49,20 +52,24 @@ def ratio_bounds(
 def _fieller(
     a: float, b: float, var_a: float, var_b: float, cov_ab: float, z: float
 ) -> tuple[float, float]:
-    """The part of Fieller's set that is not negative."""
+    """The part of Fieller's set that is not negative, for a and b that are not."""
     quadratic = b * b - z * z * var_b
     half_linear = a * b - z * z * cov_ab
     constant = a * a - z * z * var_a
     discriminant = half_linear * half_linear - quadratic * constant
     if quadratic > 0:
-        if b < 0:
-            return 0.0, math.inf
         root = math.sqrt(max(discriminant, 0.0))
-        low, high = (half_linear - root) / quadratic, (half_linear + root) / quadratic
-        return max(low, 0.0), max(high, 0.0)
-    if constant <= 0 or discriminant <= 0 or quadratic == 0:
+        high = max((half_linear + root) / quadratic, 0.0)
+        return min(_lower_root(half_linear, constant, root), high), high
+    if constant <= 0 or discriminant <= 0:
         return 0.0, math.inf
-    return max((half_linear - math.sqrt(discriminant)) / quadratic, 0.0), math.inf
+    return _lower_root(half_linear, constant, math.sqrt(discriminant)), math.inf
+
+
+def _lower_root(half_linear: float, constant: float, root: float) -> float:
+    """The lower root in the form that does not cancel where the quadratic term vanishes."""
+    divisor = half_linear + root
+    return max(constant / divisor, 0.0) if divisor > 0 else 0.0
 
 
 def noise_fraction(scale: float, batch: float) -> float:
