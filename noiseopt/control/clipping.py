@@ -11,6 +11,7 @@ HALF_LIFE = 64  # updates
 MIN_COUNT = 100  # norms before the spread is trusted
 MIN_SPREAD = 0.02
 WINSORISE = 4.0
+MAX_LOG_NORM = 700.0  # where exp overflows
 SD_PER_MEAN_DEVIATION = math.sqrt(math.pi / 2)
 
 
@@ -51,4 +52,5 @@ class NormLevel:
         """The norm z standard deviations above the level; infinite until enough were seen."""
         if self.count < MIN_COUNT:
             return math.inf
-        return math.exp(self.level + z * self.spread)
+        log_norm = self.level + z * self.spread
+        return math.exp(log_norm) if log_norm < MAX_LOG_NORM else math.inf

@@ -103,6 +103,7 @@ class NoiseConfig:
             self._check(name, getattr(self, name) > 0, "positive")
         for name in _SHARES:
             self._check(name, 0 < getattr(self, name) < 1, "between 0 and 1")
+        self._check("confidence", self.confidence > 0.5, "above 0.5 and below 1")
         self._check_range()
 
     def _check_range(self) -> None:

@@ -13,7 +13,7 @@ from noiseopt.control.decision import Decision, Window
 from noiseopt.control.proposal import Change, propose
 from noiseopt.control.rates import RateRule, Rates
 from noiseopt.control.state import ControllerState
-from noiseopt.estimate import NoiseEstimate
+from noiseopt.estimate import GroupNoise, NoiseEstimate
 
 CAUTION_AFTER_REVERT = 0.5
 
@@ -26,25 +26,32 @@ class Controller:
         config: the user's settings.
         rule: the optimizer's learning-rate rule, from `noiseopt.control.rates`.
         state: everything that changes, as plain numbers.
-        unit: what samples are: "samples" or "micro-batches".
     """
 
     config: NoiseConfig
     rule: RateRule
     state: ControllerState
-    unit: str
 
     @classmethod
     def create(cls, config: NoiseConfig, rule: RateRule, num_groups: int = 1) -> "Controller":
         """A controller at the start of a run."""
-        unit = "micro-batches" if config.samples_per_micro_batch is None else "samples"
-        return cls(config, rule, ControllerState.initial(config, num_groups), unit)
+        return cls(config, rule, ControllerState.initial(config, num_groups))
 
-    def window_steps(self, num_updates: int) -> int:
-        """The length of the window after so many updates: the decided one, or a probe of two."""
+    def counting_samples(self) -> "Controller":
+        """The same controller, whose windows come counted in samples."""
+        return self._with(counts_samples=True)
+
+    def with_groups(self, number: int) -> "Controller":
+        """The same controller with so many more parameter groups."""
+        estimator = self.state.estimator
+        groups = estimator.groups + (GroupNoise(0.0, 0.0),) * number
+        return self._with(estimator=replace(estimator, groups=groups))
+
+    def window_steps(self, num_windows: int) -> int:
+        """The length of the window after so many others: the decided one, or a probe of two."""
         steps, interval = self.state.accumulation_steps, self.config.probe_interval
         may_probe = self.config.mode == "auto" and self.config.max_accumulation_steps >= 2
-        if steps == 1 and may_probe and interval and (num_updates + 1) % interval == 0:
+        if steps == 1 and may_probe and interval and (num_windows + 1) % interval == 0:
             return 2
         return steps
 
@@ -62,13 +69,6 @@ class Controller:
             weight_decay=kappa / lr if config.adapt_weight_decay else 1.0,
         )
 
-    def max_norm(self, steps: int) -> float:
-        """The clipping threshold for a window of so many steps; infinite for none."""
-        if not self.config.adapt_clip:
-            return self.config.max_norm
-        level = self.state.norms.threshold(self.config.clip_z)
-        return min(self.config.max_norm, level * self._norm_ratio(self.batch(steps)))
-
     def batch(self, steps: int) -> float:
         """Samples in a window of so many steps, by the mean micro-batch so far."""
         state = self.state
@@ -83,13 +83,14 @@ class Controller:
         if window.norms is not None:
             estimator = estimator.update(window.norms)
             grad_norm = math.sqrt(math.fsum(window.norms.big_sq))
-            if grad_norm > 0:
+            if grad_norm > 0 and window.norms.finite:
                 norms = norms.update(math.log(grad_norm / self._norm_ratio(window.norms.big_batch)))
         has_loss = window.loss_count > 0 and math.isfinite(window.loss_sum)
         return self._with(
             estimator=estimator,
             norms=norms,
             grad_norm=grad_norm,
+            num_windows=state.num_windows + 1,
             num_updates=state.num_updates + window.applied,
             micro_batches=state.micro_batches + window.micro_batches - window.skipped,
             total_clipped=state.total_clipped + window.clipped,
@@ -98,11 +99,16 @@ class Controller:
             loss_count=state.loss_count + (window.loss_count if has_loss else 0),
         )
 
-    def decide(self, lr: float) -> tuple["Controller", Decision]:
+    def at(self, state: ControllerState) -> "Controller":
+        """The same controller in another state."""
+        return replace(self, state=state)
+
+    def decide(self, lr: float, windows: tuple[Window, ...] = ()) -> tuple["Controller", Decision]:
         """Decide on the windows to come.
 
         Args:
             lr: the user's learning rate now, the adapted factor not included.
+            windows: what was learned since the last decision, for the record.
         """
         loss = self.state.loss_sum / self.state.loss_count if self.state.loss_count else None
         here = self._observe(lr, loss)
@@ -121,7 +127,7 @@ class Controller:
             accumulation_steps=steps,
             batch=decided.batch(steps),
             rates=decided.rates(steps),
-            max_norm=decided.max_norm(steps),
+            max_norm=decided.state.max_norm,
             verifying=decided.state.verification.pending,
             noise=noise,
             lr=lr,
@@ -129,10 +135,12 @@ class Controller:
             grad_norm=state.grad_norm or None,
             total_clipped=state.total_clipped,
             total_skipped=state.total_skipped,
+            total_dropped=state.total_dropped,
+            windows=windows,
         )
 
     def _with(self, **changes: Any) -> "Controller":
-        return replace(self, state=replace(self.state, **changes))
+        return self.at(replace(self.state, **changes))
 
     def _observe(self, lr: float, loss: float | None) -> "Controller":
         state = self.state
@@ -152,7 +160,7 @@ class Controller:
 
     def _estimate(self) -> NoiseEstimate | None:
         batch = self.batch(self.state.accumulation_steps)
-        return self.state.estimator.estimate(batch, self.config.confidence, self.unit)
+        return self.state.estimator.estimate(batch, self.config.confidence, self.state.unit)
 
     def _norm_ratio(self, batch: float) -> float:
         """m(batch) / m(reference batch) by the measured noise; 1 while it is unknown."""
@@ -184,13 +192,20 @@ class Controller:
             verification = verification.start(state.accumulation_steps)
         if changed:
             state = replace(state, changed_at_samples=samples, changed_at_updates=state.num_updates)
-        return replace(
-            self,
-            state=replace(
+        return self.at(
+            replace(
                 state,
                 verification=verification,
                 accumulation_steps=change.steps,
                 stable_steps=change.steps if state.phase != "decay" else state.stable_steps,
                 noise_ratio=noise_ratio,
-            ),
+                max_norm=self._threshold(change.steps),
+            )
         )
+
+    def _threshold(self, steps: int) -> float:
+        """The norm at which clipping begins in windows of so many steps; infinite for never."""
+        if not self.config.adapt_clip:
+            return self.config.max_norm
+        level = self.state.norms.threshold(self.config.clip_z)
+        return min(self.config.max_norm, level * self._norm_ratio(self.batch(steps)))

@@ -53,6 +53,7 @@ class Decision:
         grad_norm: the last window's gradient norm before clipping; None if it was skipped.
         total_clipped: updates clipped so far.
         total_skipped: micro-batches skipped so far.
+        total_dropped: micro-batches of open windows that checkpoints left behind.
         windows: what was measured since the last decision, for replay.
     """
 
@@ -73,4 +74,5 @@ class Decision:
     grad_norm: float | None
     total_clipped: int
     total_skipped: int
+    total_dropped: int = 0
     windows: tuple[Window, ...] = ()

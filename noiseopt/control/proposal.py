@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from noiseopt.control.config import NoiseConfig
 from noiseopt.control.state import ControllerState
-from noiseopt.estimate import NoiseEstimate
+from noiseopt.estimate import NoiseEstimate, noise_fraction
 
 SHRINK_BELOW = 2 * math.sqrt(2)
 
@@ -133,13 +133,14 @@ def _grow_in_decay(config: NoiseConfig, state: ControllerState, noise: NoiseEsti
     if not config.grow_in_decay or state.lr <= 0:
         return Change("hold", steps, "growth in decay is off, or the learning rate is 0")
     decay = state.peak_lr / state.lr
-    allowed = min(math.floor(state.stable_steps * decay + 1e-9), config.max_accumulation_steps)
+    allowed = math.floor(min(state.stable_steps * decay + 1e-9, config.max_accumulation_steps))
     larger = min(allowed, 2 * steps)
     fell = f"the learning rate fell to 1/{decay:.2f} of its peak"
     if larger <= steps:
         return Change("hold", steps, f"{fell}: a window of {allowed} at most")
-    least = config.decay_noise_fraction / state.caution
-    share = f"noise is at least {noise.fraction_lower:.3f} of the gradient"
-    if noise.fraction_lower < least:
+    fraction = noise_fraction(state.caution * noise.scale_lower, noise.batch)
+    share = f"noise is at least {fraction:.3f} of the gradient"
+    if fraction < config.decay_noise_fraction:
+        least = config.decay_noise_fraction
         return Change("hold", steps, f"{fell}, but {share}: growth takes {least:.3g}")
     return Change("grow", larger, f"{fell} and {share}")

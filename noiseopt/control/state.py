@@ -1,7 +1,8 @@
 """Everything about a controller that changes, and its form as a flat dict of plain numbers."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
 from noiseopt.control.clipping import NormLevel
@@ -25,10 +26,14 @@ class ControllerState:
         reference_steps: the window for which the user's rates were chosen.
         stable_steps: the window when the schedule began to lower the learning rate.
         noise_ratio: the noise scale's lower bound over the reference batch; 0 while unknown.
+        max_norm: the norm at which clipping begins, as last decided; infinite for never.
+        num_windows: windows closed, with or without an update.
         num_updates: updates applied.
         micro_batches: micro-batches seen on one rank.
         total_clipped: updates whose gradient was clipped.
         total_skipped: micro-batches left out because they were not finite.
+        total_dropped: micro-batches of open windows that checkpoints left behind.
+        counts_samples: whether windows come counted in samples, not in micro-batches.
         lr: the user's learning rate at the last decision.
         previous_lr: the one before.
         peak_lr: the highest so far.
@@ -49,10 +54,14 @@ class ControllerState:
     reference_steps: int
     stable_steps: int
     noise_ratio: float = 0.0
+    max_norm: float = math.inf
+    num_windows: int = 0
     num_updates: int = 0
     micro_batches: int = 0
     total_clipped: int = 0
     total_skipped: int = 0
+    total_dropped: int = 0
+    counts_samples: bool = False
     lr: float = 0.0
     previous_lr: float = 0.0
     peak_lr: float = 0.0
@@ -81,7 +90,14 @@ class ControllerState:
             accumulation_steps=steps,
             reference_steps=steps,
             stable_steps=steps,
+            max_norm=config.max_norm,
+            counts_samples=config.samples_per_micro_batch is not None,
         )
+
+    @property
+    def unit(self) -> str:
+        """What samples are: "samples" or "micro-batches"."""
+        return "samples" if self.counts_samples else "micro-batches"
 
     @property
     def phase(self) -> str:
@@ -102,10 +118,14 @@ class ControllerState:
         return far and updates >= config.dwell_updates
 
 
+def _state_names(state: Any) -> list[str]:
+    return [item.name for item in fields(state) if not item.metadata.get("setting")]
+
+
 def to_numbers(state: Any, prefix: str = "") -> dict[str, Number]:
     """Flatten nested dataclasses and tuples of them into {"outer.inner": number}."""
     if is_dataclass(state):
-        items = [(item.name, getattr(state, item.name)) for item in fields(state)]
+        items = [(name, getattr(state, name)) for name in _state_names(state)]
     elif isinstance(state, tuple):
         items = [(str(index), value) for index, value in enumerate(state)]
     else:
@@ -128,10 +148,13 @@ def from_numbers(like: T, numbers: Mapping[str, Number], prefix: str = "") -> T:
 def _rebuild(like: Any, numbers: Mapping[str, Number], prefix: str) -> Any:
     if is_dataclass(like):
         inner = f"{prefix}." if prefix else ""
-        names = [item.name for item in fields(like)]
-        values = [_rebuild(getattr(like, name), numbers, inner + name) for name in names]
-        kind: Callable[..., Any] = type(like)
-        return kind(**dict(zip(names, values, strict=True)))
+        return replace(
+            like,
+            **{
+                name: _rebuild(getattr(like, name), numbers, inner + name)
+                for name in _state_names(like)
+            },
+        )
     if isinstance(like, tuple):
         return tuple(
             _rebuild(value, numbers, f"{prefix}.{index}") for index, value in enumerate(like)

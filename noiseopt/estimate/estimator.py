@@ -13,6 +13,7 @@ from noiseopt.estimate.interval import noise_fraction, ratio_bounds
 from noiseopt.estimate.window import NoiseSample, WindowNorms
 
 MIN_WINDOWS = 3
+SETTING = {"setting": True}  # marks what is not state: it is not saved with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +90,9 @@ class NoiseEstimator:
         groups: the averages of each parameter group.
     """
 
-    half_life_fraction: float = 0.03
-    half_life_windows: float = 32.0
-    winsorise: float = 5.0
+    half_life_fraction: float = field(default=0.03, metadata=SETTING)
+    half_life_windows: float = field(default=32.0, metadata=SETTING)
+    winsorise: float = field(default=5.0, metadata=SETTING)
     samples_seen: float = 0.0
     samples_measured: float = 0.0
     windows: int = 0

@@ -35,7 +35,7 @@ def ratio_bounds(
     Example:
         >>> bounds = ratio_bounds(10.0, 2.0, var_a=0.01, var_b=0.01, cov_ab=0.0)
         >>> [round(x, 2) for x in bounds.interval]
-        [4.78, 5.23]
+        [4.54, 5.55]
         >>> ratio_bounds(10.0, 0.1, var_a=0.01, var_b=0.01, cov_ab=0.0).interval[1]
         inf
     """

@@ -1,0 +1,158 @@
+"""Micro-batch gradients where they pass in the backward, for loops that accumulate by themselves.
+
+A hook on each parameter reads the norm of what one backward brings; the hook after accumulation
+confirms it and, in the window's last backward, reads the norm of what has been accumulated, before
+the loop can clip or unscale it. No gradient is kept.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+
+from noiseopt.capture.norms import squared_norms, sum_dtype
+from noiseopt.capture.row import Measured
+
+
+class BackwardCapture:
+    """Hooks on parameters that gather the norms of a window's micro-batches.
+
+    Args:
+        groups: the parameters of each group. Frozen ones are passed over.
+        window_steps: tells how many backward passes the current window is to have.
+
+    A backward pass is one micro-batch. Parameters that a reentrant checkpoint uses besides the rest
+    of the model get their gradient in two parts, whose norms do not add: use non-reentrant
+    checkpointing.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[Tensor]], window_steps: Callable[[], int]) -> None:
+        self._window_steps = window_steps
+        self._num_groups = len(groups)
+        self._device = groups[0][0].device
+        self._handles: list[Any] = []
+        self._passing: dict[Tensor, Tensor] = {}
+        self._current: list[list[Tensor]] = []
+        self._mean: dict[Tensor, tuple[int, Tensor]] = {}
+        self._small: list[Tensor] = []
+        self.watched: set[Tensor] = set()
+        for index, params in enumerate(groups):
+            self._attach_all(params, index)
+
+    def add_group(self, params: Sequence[Tensor]) -> None:
+        """Watch one more group."""
+        self._attach_all(params, self._num_groups)
+        self._num_groups += 1
+
+    def _attach_all(self, params: Sequence[Tensor], group: int) -> None:
+        for param in params:
+            if param.requires_grad:
+                self._attach(param, group)
+
+    def __len__(self) -> int:
+        """How many backward passes the open window has had."""
+        return len(self._small)
+
+    def _attach(self, param: Tensor, group: int) -> None:
+        self.watched.add(param)
+
+        def before(grad: Tensor) -> None:
+            self._passing[param] = squared_norms([[grad]], self._device)[0]
+
+        def after(accumulated: Tensor) -> None:
+            self._take(param, group, accumulated)
+
+        hooked: Any = param
+        self._handles.append(hooked.register_hook(before))
+        self._handles.append(hooked.register_post_accumulate_grad_hook(after))
+
+    def _take(self, param: Tensor, group: int, accumulated: Tensor) -> None:
+        if not self._current:
+            self._current = [[] for _ in range(self._num_groups)]
+            Variable._execution_engine.queue_callback(self._close_micro_batch)
+        self._current[group].append(self._passing.pop(param))
+        if len(self) + 1 >= self._window_steps() and accumulated.grad is not None:
+            self._mean[param] = group, squared_norms([[accumulated.grad]], self._device)[0]
+
+    def _close_micro_batch(self) -> None:
+        zero = torch.zeros((), dtype=sum_dtype(self._device), device=self._device)
+        self._small.append(
+            torch.stack([torch.stack([zero, *norms]).sum() for norms in self._current])
+        )
+        self._current = []
+
+    def close(
+        self,
+        groups: Sequence[Sequence[Tensor]],
+        samples: Sequence[float],
+        loss_scale: float | Tensor,
+    ) -> Measured:
+        """End the window at the optimizer's step.
+
+        A backward brings h_i = w_i g_i: the loop has put the weight w_i, and a loss scale, on the
+        loss. `p.grad` is the loop's own: nothing is left to be done to it.
+
+        Args:
+            groups: the optimizer's parameters; what the last backward did not touch is read here.
+            samples: n_i of each backward, to which the weights are proportional.
+            loss_scale: the factor on every loss.
+
+        Raises:
+            ValueError: the number of sample counts is not that of backward passes.
+            RuntimeError: the optimizer has parameters with a gradient that are not watched, or no
+                backward was seen.
+        """
+        missing = [
+            param
+            for params in groups
+            for param in params
+            if param.grad is not None and param not in self.watched
+        ]
+        if missing:
+            raise RuntimeError(
+                f"{len(missing)} of the optimizer's parameters have a gradient but are not "
+                "watched: the model or the optimizer was changed after measuring began; attach "
+                "the monitor, or build the optimizer, after the change"
+            )
+        if not self._small:
+            raise RuntimeError(
+                "no backward pass was seen since the last step(): call loss.backward() on a loss "
+                "of the watched parameters first"
+            )
+        if len(samples) != len(self):
+            raise ValueError(
+                f"set_samples() was called {len(samples)} times for {len(self)} backward passes: "
+                "call it once for each, or never"
+            )
+        big = torch.stack([self._group_mean(index, params) for index, params in enumerate(groups)])
+        parts = torch.stack(self._small)
+        self.clear()
+        counts = torch.stack([parts.new_full((), value) for value in samples])
+        weights = counts / counts.sum()
+        scale_sq = torch.as_tensor(loss_scale).to(parts.device, parts.dtype).square()
+        small = parts / weights.square()[:, None] / scale_sq
+        used = weights * small.sum(1).isfinite()
+        return Measured(small, big / scale_sq, counts, used, None)
+
+    def _group_mean(self, group: int, params: Sequence[Tensor]) -> Tensor:
+        zero = torch.zeros((), dtype=sum_dtype(self._device), device=self._device)
+        parts = [norm for index, norm in self._mean.values() if index == group]
+        unread = [p.grad for p in params if p.grad is not None and p not in self._mean]
+        if unread:
+            parts.append(squared_norms([unread], self._device)[0])
+        return torch.stack([zero, *parts]).sum()
+
+    def clear(self) -> None:
+        """Forget the open window."""
+        self._passing.clear()
+        self._mean.clear()
+        self._small, self._current = [], []
+
+    def detach(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.watched.clear()

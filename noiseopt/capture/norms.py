@@ -1,0 +1,71 @@
+"""Squared norms of lists of gradients: squares in fp32 or better, sums in fp64, on the device."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_EXACT = (torch.float32, torch.float64)
+
+
+def squared_norms(groups: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
+    """|g|^2 of each group of gradients.
+
+    The gradients' values enter as they are: of a loss that is a mean over samples, of one that is a
+    sum, or of one that was multiplied by a loss scale.
+
+    Args:
+        groups: the gradients of each parameter group; dense or sparse, real or complex.
+        device: where the result is wanted.
+
+    Returns:
+        Shape (len(groups),), fp64 (fp32 where the device has no fp64). Nothing waits for it.
+    """
+    return torch.stack([_squared_norm(grads, device) for grads in groups])
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """The widest float type of a device."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _squared_norm(grads: Sequence[Tensor], device: torch.device) -> Tensor:
+    by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
+    for grad in grads:
+        by_device[grad.device].append(_plain(grad))
+    total = torch.zeros((), dtype=sum_dtype(device), device=device)
+    for source, tensors in by_device.items():
+        squares = _squares_cpu(tensors) if source.type == "cpu" else _squares_foreach(tensors)
+        total += squares.sum(dtype=sum_dtype(source)).to(device, non_blocking=True)
+    return total
+
+
+def _plain(grad: Tensor) -> Tensor:
+    if grad.layout != torch.strided:
+        grad = grad.coalesce().values()
+    return torch.view_as_real(grad) if grad.is_complex() else grad
+
+
+def _squares_cpu(tensors: list[Tensor]) -> Tensor:
+    # On the CPU a dot product is both twice as fast and much more exact than vector_norm.
+    return torch.stack([_square_cpu(tensor) for tensor in tensors])
+
+
+def _square_cpu(tensor: Tensor) -> Tensor:
+    if tensor.dtype in _EXACT:
+        flat = tensor.reshape(-1)
+        square: Tensor = torch.dot(flat, flat)
+        return square.double()
+    return torch.linalg.vector_norm(tensor, dtype=torch.float32).double().square()
+
+
+def _squares_foreach(tensors: list[Tensor]) -> Tensor:
+    wide = [tensor for tensor in tensors if tensor.dtype == torch.float64]
+    narrow = [tensor for tensor in tensors if tensor.dtype != torch.float64]
+    norms: list[Tensor] = []
+    if narrow:
+        norms += torch._foreach_norm(narrow, 2, dtype=torch.float32)
+    if wide:
+        norms += torch._foreach_norm(wide, 2)
+    return torch.stack([norm.to(sum_dtype(norm.device)) for norm in norms]).square()

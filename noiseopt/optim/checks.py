@@ -1,0 +1,67 @@
+"""What a noise-aware optimizer refuses, each with the remedy, before anything is changed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import _default_to_fused_or_foreach
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Refuse parameters and arguments that cannot be measured.
+
+    Raises:
+        ValueError: names what is in the way and what to do.
+    """
+    if group.get("differentiable"):
+        raise ValueError(
+            "differentiable=True cannot be measured: the window's sum is kept in place, outside "
+            "the graph; use noise='off'"
+        )
+    sharded = sum(hasattr(param, "device_mesh") for param in group["params"])
+    if sharded:
+        raise ValueError(
+            f"{sharded} of {len(group['params'])} parameters are sharded (DTensor), whose noise "
+            "is not measured yet; use noise='off'"
+        )
+
+
+def check_step(groups: Sequence[dict[str, Any]], params: Sequence[Tensor]) -> None:
+    """Refuse a step that cannot be taken.
+
+    Raises:
+        RuntimeError: no parameter has a gradient, or a CUDA graph is being captured.
+    """
+    if not params:
+        total = sum(len(group["params"]) for group in groups)
+        raise RuntimeError(
+            f"step() found no gradient on any of {total} parameters: call loss.backward() before "
+            "step(), and zero_grad() after it or before backward()"
+        )
+    captures = any(group.get("capturable") for group in groups) and torch.cuda.is_available()
+    if captures and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "step() is being captured in a CUDA graph, which would freeze the window and the "
+            "decisions: use noise='off' in captured steps"
+        )
+
+
+def prefer_fused(optimizer: Optimizer) -> None:
+    """On a GPU, let torch use its fused kernel where the user chose none.
+
+    It is the only kernel that skips a step without the host waiting for the device.
+    """
+    groups = optimizer.param_groups
+    chosen = any(
+        group.get("fused", False) is not None or group.get("foreach") is not None
+        for group in groups
+    )
+    params = [param for group in groups for param in group["params"]]
+    if chosen or not all(param.is_cuda for param in params):
+        return
+    if _default_to_fused_or_foreach(params, False, use_fused=True)[0]:
+        optimizer.defaults["fused"] = True
+        for group in groups:
+            group["fused"] = True

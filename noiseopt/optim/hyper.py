@@ -1,0 +1,95 @@
+"""Hyper-parameters as one update uses them: scaled for it, and the user's own again after it.
+
+Writing `group["lr"]` for good would compound with the recursive schedulers and be overwritten by
+the closed-form ones. Scaled inside the step and taken back, it is exact for all of them.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from noiseopt.control import Rates, bias_correction, scaled_beta2
+
+Group = dict[str, Any]
+
+# Two numbers in group["noise"]: the updates that entered Adam's second moment, and by how much the
+# sum of log(beta2) over them differs from what the user's own beta2 would have made it.
+UPDATES = "second_moment_updates"
+EXCESS = "second_moment_excess"
+
+
+@contextmanager
+def overridden(groups: Sequence[Group], values: Sequence[Group]) -> Iterator[None]:
+    """Put values into groups for the duration of a with block; identities are kept."""
+    saved = [{key: group[key] for key in new} for group, new in zip(groups, values, strict=True)]
+    for group, new in zip(groups, values, strict=True):
+        group.update(new)
+    try:
+        yield
+    finally:
+        for group, old in zip(groups, saved, strict=True):
+            group.update(old)
+
+
+def scale_gradients(groups: Sequence[Sequence[Tensor]], factor: Tensor) -> None:
+    """Multiply every gradient in place.
+
+    Args:
+        groups: the parameters of each group.
+        factor: 0-d. Elsewhere than on the CPU nothing waits for it.
+    """
+    by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
+    for grad in (p.grad for group in groups for p in group if p.grad is not None):
+        if grad.layout == torch.strided:
+            by_device[grad.device].append(grad)
+        else:
+            grad.mul_(float(factor))
+    for device, grads in by_device.items():
+        if device.type == "cpu":
+            torch._foreach_mul_(grads, float(factor))
+        else:
+            torch._foreach_mul_(grads, factor.to(device, torch.float32, non_blocking=True))
+
+
+def scaled_values(group: Group, rates: Rates, least_beta2: float, decoupled: bool) -> Group:
+    """What one update puts in place of a group's values; empty if it uses them as they are.
+
+    Args:
+        group: an optimizer's parameter group, with its numbers under "noise".
+        rates: the factors to apply.
+        least_beta2: the least beta2 that scaling may lead to.
+        decoupled: whether weight decay is decoupled from the gradient, as in AdamW.
+    """
+    values: Group = {}
+    step = rates.lr
+    if UPDATES in group["noise"]:
+        beta2, correction = _second_moment(group, rates, least_beta2)
+        step *= correction
+        if beta2 is not None:
+            values["betas"] = (group["betas"][0], beta2)
+    if step != 1:
+        values["lr"] = group["lr"] * step
+    decay = rates.weight_decay * rates.lr / step
+    if decoupled and decay != 1:
+        values["weight_decay"] = group["weight_decay"] * decay
+    return values
+
+
+def _second_moment(group: Group, rates: Rates, least_beta2: float) -> tuple[Any, float]:
+    """This update's beta2 (None for the user's own) and the correction of its step."""
+    noise, own = group["noise"], group["betas"][1]
+    noise[UPDATES] += 1
+    if (rates.beta2 == 1 and noise[EXCESS] == 0) or float(own) == 0:
+        return None, 1.0
+    beta2 = scaled_beta2(float(own), rates.beta2, least_beta2)
+    log_own = math.log(float(own))
+    noise[EXCESS] += math.log(beta2) - log_own
+    log_decay = noise[UPDATES] * log_own + noise[EXCESS]
+    correction = bias_correction(beta2, noise[UPDATES], log_decay)
+    kept = torch.full_like(own, beta2) if isinstance(own, Tensor) else beta2
+    return kept, correction

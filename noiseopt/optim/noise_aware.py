@@ -1,0 +1,400 @@
+"""The mixin that makes a torch optimizer noise-aware, without changing what it is.
+
+One call of `step()` brings one noisy gradient; the optimizer averages `accumulation_steps` of them
+and applies the mean by torch's own kernels. In between it reads norms, and at decision points it
+lets the controller choose the next windows, the rates and the clipping threshold.
+"""
+
+import inspect
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from noiseopt.adaptation import Adaptation
+from noiseopt.capture import BackwardCapture, GradientWindow, Measured, squared_norms
+from noiseopt.control import NoiseConfig
+from noiseopt.distributed import world_size
+from noiseopt.optim.checks import check_group, check_step, prefer_fused
+from noiseopt.optim.hyper import EXCESS, UPDATES, overridden, scale_gradients, scaled_values
+from noiseopt.readings import NoiseReadings
+
+logger = logging.getLogger("noiseopt")
+
+
+class NoiseAware(NoiseReadings, Optimizer):
+    """Measures the gradient noise of a torch optimizer and adapts batch, rates and clipping to it.
+
+    Combine it with an optimizer class through `noise_aware`. Every argument of that class comes
+    first; two are added, by keyword only.
+
+    Args:
+        params: as for the torch optimizer.
+        *args: as for the torch optimizer.
+        noise: "auto" (measure and adapt), "advise" (measure, decide and record, change nothing),
+            "off" (bitwise the torch optimizer), or a `NoiseConfig`.
+        process_group: the ranks that share the gradients; the default group if None.
+        **kwargs: as for the torch optimizer.
+
+    Raises:
+        ValueError: an argument is out of range, or a kind of parameter cannot be measured.
+    """
+
+    rate_rule: ClassVar[str] = "adam"
+    has_second_moment: ClassVar[bool] = False
+    decouples_weight_decay: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        params: Any,
+        *args: Any,
+        noise: str | NoiseConfig = "auto",
+        process_group: dist.ProcessGroup | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.config = noise if isinstance(noise, NoiseConfig) else NoiseConfig(mode=noise)
+        self._process_group = process_group
+        super().__init__(params, *args, **kwargs)
+        self._begin()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = _signature(cls)  # type: ignore[attr-defined]
+
+    def _begin(self) -> None:
+        """Set up measuring for the parameters and the numbers that the groups hold."""
+        self._applied: Tensor | bool = False
+        self._off_updates = 0
+        self._logged = self._warned_of_open_window = False
+        if self.config.mode == "off":
+            return
+        for group in self.param_groups:
+            check_group(group)
+        if self.config.mode == "auto":
+            prefer_fused(self)
+        # torch's fused optimizers offer to unscale and skip by themselves; a window cannot let
+        # them, since the loss scale may change inside it. GradScaler then does it before step().
+        self._step_supports_amp_scaling = False
+        self._device = self.param_groups[0]["params"][0].device
+        self._adaptation = Adaptation(
+            self.config, self.rate_rule, len(self.param_groups), self._process_group
+        )
+        skip = self.config.skip_nonfinite and self._adaptation.acts
+        self._window = GradientWindow(self._device, skip)
+        self._capture: BackwardCapture | None = None
+        self._loss_scale: float | Tensor = 1.0
+        if self.config.accumulation == "external":
+            self._capture = BackwardCapture(self._all_params(), lambda: self.accumulation_steps)
+        self._restore()
+
+    # ------------------------------------------------------------------ what is offered
+
+    @property
+    def rule_name(self) -> str:
+        """The learning-rate rule: a key of `noiseopt.control.RATE_RULES`."""
+        return self.rate_rule
+
+    @property
+    def applied(self) -> bool:
+        """Whether the last `step()` changed the parameters. On an accelerator this waits for it."""
+        return bool(self._applied)
+
+    @property
+    def num_updates(self) -> int:
+        """Updates applied; not calls of `step()`. On an accelerator this waits for it."""
+        return self._adaptation.num_updates if self._adaptation else self._off_updates
+
+    def set_loss_scale(self, scale: float | Tensor) -> None:
+        """With accumulation="external": the factor on the losses of the open window."""
+        self._loss_scale = scale
+
+    @contextmanager
+    def accumulate(self, model: torch.nn.Module) -> Iterator[None]:
+        """Wrap the backward pass of one micro-batch, to skip synchronisation where it can be.
+
+        On a single rank there is none to skip.
+
+        Raises:
+            ValueError: several ranks share the gradients, for which this is not supported yet.
+        """
+        ranks = world_size(self._process_group)
+        if ranks > 1:
+            raise ValueError(
+                f"accumulate() on {ranks} ranks is not supported yet: run the backward without "
+                "it, synchronised in every micro-batch"
+            )
+        yield
+
+    def flush(self) -> bool:
+        """Apply an open window as it is, for instance at the end of the data.
+
+        Returns:
+            Whether there was one to apply.
+        """
+        if not self._adaptation or len(self._window) == 0:
+            return False
+        with torch.no_grad():
+            self._finish(self._window.flush(self._all_params()))
+        return True
+
+    # ------------------------------------------------------------------ the step
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one micro-batch's gradient from `p.grad`; at the window's end, apply the mean.
+
+        Args:
+            closure: evaluates the model, runs the backward and returns the loss; called once.
+
+        Raises:
+            RuntimeError: no parameter has a gradient, or the ranks' gradients differ.
+        """
+        if not self._adaptation:
+            self._off_updates, self._applied = self._off_updates + 1, True
+            return self._torch_step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+            if loss is not None:
+                self.report_loss(loss)
+        with torch.no_grad():
+            self._take_gradient(self._adaptation)
+        return loss
+
+    def _take_gradient(self, adaptation: Adaptation) -> None:
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        check_step(self.param_groups, params)
+        if self._only_builds_state(params):
+            self._torch_step()
+            return
+        if not self._logged:
+            self._log_start(adaptation)
+        groups = self._all_params()
+        measured: Measured | None
+        if self._capture is not None:
+            samples = adaptation.window_samples(len(self._capture))
+            measured = self._capture.close(groups, samples, self._loss_scale)
+        else:
+            closes = len(self._window) + 1 >= adaptation.steps
+            measured = self._window.take(groups, adaptation.next_samples(), closes)
+        if measured is None:
+            self._applied = False
+        else:
+            self._finish(measured)
+
+    def _finish(self, measured: Measured) -> None:
+        """Apply what `p.grad` holds, and close the window."""
+        assert self._adaptation is not None
+        applied, clipped = self._apply(measured)
+        self._applied = applied
+        self._adaptation.close_window(measured, applied, clipped, self._user_lr)
+        self._window.clear(keep_memory=self._adaptation.steps > 1)
+
+    def _apply(self, measured: Measured) -> tuple[Tensor | bool, Tensor | bool]:
+        """Clip, average and update in torch's kernel; return what of it was done."""
+        assert self._adaptation is not None
+        norm = self._norm_to_apply(measured)
+        factor = measured.scale
+        clipped: Tensor | bool = False
+        if self._adaptation.max_norm < math.inf:
+            coefficient = (self._adaptation.max_norm / norm).clamp(max=1.0)
+            clipped = coefficient < 1
+            factor = coefficient if factor is None else coefficient * factor
+        found_inf: Tensor | bool = False
+        if self.config.skip_nonfinite and self._adaptation.acts:
+            found_inf = ~norm.isfinite()
+        if self._device.type == "cpu" or not self._all_fused:
+            # The kernels that are not fused cannot skip by themselves: this reads one flag.
+            found_inf = bool(found_inf)
+            if found_inf:
+                return False, False
+        self._update(len(measured), factor, found_inf)
+        return (~found_inf if isinstance(found_inf, Tensor) else True), clipped
+
+    def _update(self, steps: int, factor: Tensor | None, found_inf: Tensor | bool) -> None:
+        assert self._adaptation is not None
+        rates = self._adaptation.rates(steps)
+        values = [
+            scaled_values(group, rates, self.config.min_beta2, self.decouples_weight_decay)
+            for group in self.param_groups
+        ]
+        if factor is not None and factor.device.type == "cpu" and factor == 1:
+            factor = None
+        with overridden(self.param_groups, values):
+            if self._all_fused and (factor is not None or isinstance(found_inf, Tensor)):
+                self._torch_step_scaled(factor, found_inf)
+            else:
+                if factor is not None:
+                    scale_gradients(self._all_params(), factor)
+                self._torch_step()
+
+    def _torch_step_scaled(self, factor: Tensor | None, found_inf: Tensor | bool) -> None:
+        """Have the fused kernel divide by `grad_scale` and skip by `found_inf` as it goes."""
+        kind = {"dtype": torch.float32, "device": self._device}
+        scale = torch.ones((), **kind) if factor is None else factor.reciprocal().float()
+        skip = found_inf.float() if isinstance(found_inf, Tensor) else torch.zeros((), **kind)
+        self.grad_scale: Tensor | None = scale
+        self.found_inf: Tensor | None = skip
+        try:
+            self._torch_step()
+        finally:
+            self.grad_scale = self.found_inf = None
+
+    def _torch_step(self, closure: Callable[[], Any] | None = None) -> Any:
+        # torch wraps the `step` of every class of which an instance was built, to run the hooks:
+        # called through the wrapper they would run twice.
+        step = super().step.__func__  # type: ignore[attr-defined]
+        if getattr(step, "hooked", False):
+            step = step.__wrapped__
+        return step(self, closure)
+
+    def _norm_to_apply(self, measured: Measured) -> Tensor:
+        if self._capture is None:
+            return measured.big_norms.sum().sqrt()
+        grads = [p.grad for group in self._all_params() for p in group if p.grad is not None]
+        return squared_norms([grads], self._device)[0].sqrt()
+
+    def _only_builds_state(self, params: list[Tensor]) -> bool:
+        """Whether this is the zero step by which checkpointing makes an optimizer build its state.
+
+        torch.distributed.checkpoint calls `step()` once with zero gradients and a rate of 0. It is
+        passed on and not counted as a micro-batch.
+        """
+        if self.state or any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        return all(not p.grad.any() for p in params if p.grad is not None)
+
+    def _user_lr(self) -> float:
+        return max(float(group["lr"]) for group in self.param_groups)
+
+    def _all_params(self) -> list[list[Tensor]]:
+        return [group["params"] for group in self.param_groups]
+
+    @property
+    def _all_fused(self) -> bool:
+        return all(group.get("fused") for group in self.param_groups)
+
+    def _log_start(self, adaptation: Adaptation) -> None:
+        self._logged = True
+        level = logging.INFO if adaptation.can_measure else logging.WARNING
+        logger.log(level, "%s", self._describe(adaptation))
+
+    def _describe(self, adaptation: Adaptation) -> str:
+        num_params = sum(len(params) for params in self._all_params())
+        return adaptation.describe(num_params, len(self.param_groups))
+
+    def __repr__(self) -> str:
+        hidden = [group.pop("noise", None) for group in self.param_groups]
+        try:
+            text = super().__repr__()
+        finally:
+            for group, noise in zip(self.param_groups, hidden, strict=True):
+                if noise is not None:
+                    group["noise"] = noise
+        line = self._describe(self._adaptation) if self._adaptation else "noise off"
+        return f"{text[:-1]}{line}\n)"
+
+    # ------------------------------------------------------------------ parameter groups and state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch; its gradients are measured from the next micro-batch on."""
+        super().add_param_group(param_group)
+        if self._adaptation:
+            group = self.param_groups[-1]
+            check_group(group)
+            self._adaptation.add_group()
+            self._start_numbers(group)
+            if self._capture is not None:
+                self._capture.add_group(group["params"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state, as in torch, with plain numbers under "noise" in each group.
+
+        An open window is not part of it: loaded, it starts again from its first micro-batch.
+        """
+        self._publish()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, of this class or of the plain torch optimizer.
+
+        Raises:
+            ValueError: it does not fit; nothing has been changed then.
+        """
+        groups = state_dict["param_groups"]
+        if self._adaptation and groups and "version" in groups[0].get("noise", {}):
+            self._adaptation.check_numbers(groups[0]["noise"])
+        super().load_state_dict(state_dict)
+
+    def _publish(self) -> None:
+        """Write the numbers into the groups, where every checkpointer finds them."""
+        if not self._adaptation:
+            return
+        dropped = len(self._window)
+        if dropped and not self._warned_of_open_window:
+            self._warned_of_open_window = True
+            warnings.warn(
+                f"the state was taken inside a window, after {dropped} of "
+                f"{self.accumulation_steps} micro-batches: a run that resumes from it starts the "
+                "window again; take it where optimizer.applied is true to lose nothing",
+                stacklevel=3,
+            )
+        numbers = self._adaptation.to_numbers(dropped)
+        for group in self.param_groups:
+            group["noise"].update(numbers)
+
+    def _restore(self) -> None:
+        """Go on from the numbers in the groups, or start where there are none."""
+        assert self._adaptation is not None
+        numbers = self.param_groups[0].get("noise", {})
+        if "version" in numbers:
+            self._adaptation.load_numbers(numbers)
+        else:
+            self._adaptation.restart()
+        self._window.clear(keep_memory=False)
+        if self._capture is not None:
+            self._capture.clear()
+        for group in self.param_groups:
+            self._start_numbers(group)
+
+    def _start_numbers(self, group: dict[str, Any]) -> None:
+        noise = group.setdefault("noise", {})
+        if self.has_second_moment and UPDATES not in noise:
+            steps = [self.state[p]["step"] for p in group["params"] if p in self.state]
+            noise[UPDATES] = int(max(map(float, steps), default=0.0))
+            noise[EXCESS] = 0.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._publish()
+        return super().__getstate__() | {"config": self.config}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_adaptation" in self.__dict__:
+            self._restore()
+        else:
+            self._process_group = None
+            self._begin()
+
+
+def _signature(cls: type[NoiseAware]) -> inspect.Signature:
+    """The torch optimizer's own arguments, then ours, as `help` and editors show them."""
+    if "__init__" in cls.__dict__:
+        own = list(inspect.signature(cls.__init__).parameters.values())
+        return inspect.Signature(own[1:])
+    torch_class = next(
+        base
+        for base in cls.__mro__
+        if issubclass(base, Optimizer) and not issubclass(base, NoiseAware)
+    )
+    theirs = inspect.signature(torch_class).parameters.values()
+    ours = inspect.signature(NoiseAware.__init__).parameters
+    return inspect.Signature([*theirs, ours["noise"], ours["process_group"]])

@@ -1,0 +1,66 @@
+"""What was measured and decided, as optimizers and monitors offer it."""
+
+from torch import Tensor
+
+from noiseopt.adaptation import Adaptation, Observer
+from noiseopt.control import Decision, metrics
+from noiseopt.estimate import NoiseEstimate
+
+
+class NoiseReadings:
+    """The readings of an adaptation, and what a training loop may tell it."""
+
+    _adaptation: Adaptation | None = None
+
+    @property
+    def noise(self) -> NoiseEstimate | None:
+        """The estimate of the latest decision; None while it is unknown, or in mode "off"."""
+        return self.decision.noise if self.decision else None
+
+    @property
+    def decision(self) -> Decision | None:
+        """The latest decision; None before the first, or in mode "off"."""
+        return self.decisions[-1] if self.decisions else None
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """The recent decisions, oldest first."""
+        return tuple(self._adaptation.decisions) if self._adaptation else ()
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches in the open window, on each rank."""
+        return self._adaptation.steps if self._adaptation else 1
+
+    def metrics(self) -> dict[str, float]:
+        """The latest decision as plain finite floats under "noise/", "decide/" and "clip/"."""
+        return metrics(self.decision) if self.decision else {}
+
+    def add_observer(self, observer: Observer) -> None:
+        """Have a callable called with each `Decision`, on every rank. Copies do not inherit it."""
+        if self._adaptation:
+            self._adaptation.observers.append(observer)
+
+    def set_samples(self, samples: float) -> None:
+        """Say how many samples the next micro-batch holds.
+
+        That is its weight in the window's mean. Where the loop accumulates by itself, call it once
+        for each micro-batch; the loop's mean is then taken to be weighted so.
+
+        Raises:
+            ValueError: the number is not positive and finite.
+            RuntimeError: earlier micro-batches were counted without it.
+        """
+        if self._adaptation:
+            self._adaptation.set_samples(samples)
+
+    def report_loss(self, loss: float | Tensor) -> None:
+        """Give the mean loss of the micro-batch, so that changes can be verified against it.
+
+        A tensor stays where it is until the next decision; nothing waits for it.
+
+        Raises:
+            ValueError: the loss is not a single number.
+        """
+        if self._adaptation:
+            self._adaptation.report_loss(loss)
