@@ -57,7 +57,8 @@ def _square_cpu(tensor: Tensor) -> Tensor:
         flat = tensor.reshape(-1)
         square: Tensor = torch.dot(flat, flat)
         return square.double()
-    return torch.linalg.vector_norm(tensor, dtype=torch.float32).double().square()
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float32)
+    return norm.double().square()
 
 
 def _squares_foreach(tensors: list[Tensor]) -> Tensor:

@@ -148,13 +148,10 @@ def from_numbers(like: T, numbers: Mapping[str, Number], prefix: str = "") -> T:
 def _rebuild(like: Any, numbers: Mapping[str, Number], prefix: str) -> Any:
     if is_dataclass(like):
         inner = f"{prefix}." if prefix else ""
-        return replace(
-            like,
-            **{
-                name: _rebuild(getattr(like, name), numbers, inner + name)
-                for name in _state_names(like)
-            },
-        )
+        old: Any = like
+        names = _state_names(old)
+        new = {name: _rebuild(getattr(old, name), numbers, inner + name) for name in names}
+        return replace(old, **new)
     if isinstance(like, tuple):
         return tuple(
             _rebuild(value, numbers, f"{prefix}.{index}") for index, value in enumerate(like)

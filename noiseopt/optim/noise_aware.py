@@ -8,7 +8,6 @@ lets the controller choose the next windows, the rates and the clipping threshol
 import inspect
 import logging
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -23,13 +22,13 @@ from noiseopt.capture import BackwardCapture, GradientWindow, Measured, squared_
 from noiseopt.control import NoiseConfig
 from noiseopt.distributed import world_size
 from noiseopt.optim.checks import check_group, check_step, prefer_fused
-from noiseopt.optim.hyper import EXCESS, UPDATES, overridden, scale_gradients, scaled_values
-from noiseopt.readings import NoiseReadings
+from noiseopt.optim.hyper import overridden, scale_gradients, scaled_values
+from noiseopt.optim.saving import SavesNoise
 
 logger = logging.getLogger("noiseopt")
 
 
-class NoiseAware(NoiseReadings, Optimizer):
+class NoiseAware(SavesNoise):
     """Measures the gradient noise of a torch optimizer and adapts batch, rates and clipping to it.
 
     Combine it with an optimizer class through `noise_aware`. Every argument of that class comes
@@ -48,7 +47,6 @@ class NoiseAware(NoiseReadings, Optimizer):
     """
 
     rate_rule: ClassVar[str] = "adam"
-    has_second_moment: ClassVar[bool] = False
     decouples_weight_decay: ClassVar[bool] = False
 
     def __init__(
@@ -72,7 +70,7 @@ class NoiseAware(NoiseReadings, Optimizer):
         """Set up measuring for the parameters and the numbers that the groups hold."""
         self._applied: Tensor | bool = False
         self._off_updates = 0
-        self._logged = self._warned_of_open_window = False
+        self._logged = False
         if self.config.mode == "off":
             return
         for group in self.param_groups:
@@ -88,7 +86,6 @@ class NoiseAware(NoiseReadings, Optimizer):
         )
         skip = self.config.skip_nonfinite and self._adaptation.acts
         self._window = GradientWindow(self._device, skip)
-        self._capture: BackwardCapture | None = None
         self._loss_scale: float | Tensor = 1.0
         if self.config.accumulation == "external":
             self._capture = BackwardCapture(self._all_params(), lambda: self.accumulation_steps)
@@ -275,9 +272,6 @@ class NoiseAware(NoiseReadings, Optimizer):
     def _user_lr(self) -> float:
         return max(float(group["lr"]) for group in self.param_groups)
 
-    def _all_params(self) -> list[list[Tensor]]:
-        return [group["params"] for group in self.param_groups]
-
     @property
     def _all_fused(self) -> bool:
         return all(group.get("fused") for group in self.param_groups)
@@ -286,103 +280,6 @@ class NoiseAware(NoiseReadings, Optimizer):
         self._logged = True
         level = logging.INFO if adaptation.can_measure else logging.WARNING
         logger.log(level, "%s", self._describe(adaptation))
-
-    def _describe(self, adaptation: Adaptation) -> str:
-        num_params = sum(len(params) for params in self._all_params())
-        return adaptation.describe(num_params, len(self.param_groups))
-
-    def __repr__(self) -> str:
-        hidden = [group.pop("noise", None) for group in self.param_groups]
-        try:
-            text = super().__repr__()
-        finally:
-            for group, noise in zip(self.param_groups, hidden, strict=True):
-                if noise is not None:
-                    group["noise"] = noise
-        line = self._describe(self._adaptation) if self._adaptation else "noise off"
-        return f"{text[:-1]}{line}\n)"
-
-    # ------------------------------------------------------------------ parameter groups and state
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as in torch; its gradients are measured from the next micro-batch on."""
-        super().add_param_group(param_group)
-        if self._adaptation:
-            group = self.param_groups[-1]
-            check_group(group)
-            self._adaptation.add_group()
-            self._start_numbers(group)
-            if self._capture is not None:
-                self._capture.add_group(group["params"])
-
-    def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state, as in torch, with plain numbers under "noise" in each group.
-
-        An open window is not part of it: loaded, it starts again from its first micro-batch.
-        """
-        self._publish()
-        return super().state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, of this class or of the plain torch optimizer.
-
-        Raises:
-            ValueError: it does not fit; nothing has been changed then.
-        """
-        groups = state_dict["param_groups"]
-        if self._adaptation and groups and "version" in groups[0].get("noise", {}):
-            self._adaptation.check_numbers(groups[0]["noise"])
-        super().load_state_dict(state_dict)
-
-    def _publish(self) -> None:
-        """Write the numbers into the groups, where every checkpointer finds them."""
-        if not self._adaptation:
-            return
-        dropped = len(self._window)
-        if dropped and not self._warned_of_open_window:
-            self._warned_of_open_window = True
-            warnings.warn(
-                f"the state was taken inside a window, after {dropped} of "
-                f"{self.accumulation_steps} micro-batches: a run that resumes from it starts the "
-                "window again; take it where optimizer.applied is true to lose nothing",
-                stacklevel=3,
-            )
-        numbers = self._adaptation.to_numbers(dropped)
-        for group in self.param_groups:
-            group["noise"].update(numbers)
-
-    def _restore(self) -> None:
-        """Go on from the numbers in the groups, or start where there are none."""
-        assert self._adaptation is not None
-        numbers = self.param_groups[0].get("noise", {})
-        if "version" in numbers:
-            self._adaptation.load_numbers(numbers)
-        else:
-            self._adaptation.restart()
-        self._window.clear(keep_memory=False)
-        if self._capture is not None:
-            self._capture.clear()
-        for group in self.param_groups:
-            self._start_numbers(group)
-
-    def _start_numbers(self, group: dict[str, Any]) -> None:
-        noise = group.setdefault("noise", {})
-        if self.has_second_moment and UPDATES not in noise:
-            steps = [self.state[p]["step"] for p in group["params"] if p in self.state]
-            noise[UPDATES] = int(max(map(float, steps), default=0.0))
-            noise[EXCESS] = 0.0
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._publish()
-        return super().__getstate__() | {"config": self.config}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "_adaptation" in self.__dict__:
-            self._restore()
-        else:
-            self._process_group = None
-            self._begin()
 
 
 def _signature(cls: type[NoiseAware]) -> inspect.Signature:

@@ -1,0 +1,133 @@
+"""How a noise-aware optimizer is saved, loaded, copied, extended and shown.
+
+Its state is plain numbers under "noise" in every parameter group, where torch, weights_only loading
+and torch.distributed.checkpoint all keep them, and a plain optimizer passes them over.
+"""
+
+import warnings
+from typing import Any, ClassVar
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from noiseopt.adaptation import Adaptation
+from noiseopt.capture import BackwardCapture, GradientWindow
+from noiseopt.control import NoiseConfig
+from noiseopt.optim.checks import check_group
+from noiseopt.optim.hyper import EXCESS, UPDATES
+from noiseopt.readings import NoiseReadings
+
+
+class SavesNoise(NoiseReadings, Optimizer):
+    """The part of `NoiseAware` that outlives a process. Not to be used alone."""
+
+    has_second_moment: ClassVar[bool] = False
+
+    config: NoiseConfig
+    _process_group: dist.ProcessGroup | None
+    _window: GradientWindow
+    _capture: BackwardCapture | None = None
+    _warned_of_open_window = False
+
+    def _begin(self) -> None:
+        raise TypeError("build a noise-aware optimizer through NoiseAware")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch; its gradients are measured from the next micro-batch on."""
+        super().add_param_group(param_group)
+        if self._adaptation:
+            group = self.param_groups.pop()
+            check_group(group)
+            self.param_groups.append(group)
+            self._adaptation.add_group()
+            self._start_numbers(group)
+            if self._capture is not None:
+                self._capture.add_group(group["params"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state, as in torch, with plain numbers under "noise" in each group.
+
+        An open window is not part of it: loaded, it starts again from its first micro-batch.
+        """
+        self._publish()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, of this class or of the plain torch optimizer.
+
+        Raises:
+            ValueError: it does not fit; nothing has been changed then.
+        """
+        groups = state_dict["param_groups"]
+        if self._adaptation and groups and "version" in groups[0].get("noise", {}):
+            self._adaptation.check_numbers(groups[0]["noise"])
+        super().load_state_dict(state_dict)
+
+    def _publish(self) -> None:
+        """Write the numbers into the groups, where every checkpointer finds them."""
+        if not self._adaptation:
+            return
+        dropped = len(self._window if self._capture is None else self._capture)
+        if dropped and not self._warned_of_open_window:
+            self._warned_of_open_window = True
+            warnings.warn(
+                f"the state was taken inside a window, after {dropped} of "
+                f"{self.accumulation_steps} micro-batches: a run that resumes from it starts the "
+                "window again; take it where optimizer.applied is true to lose nothing",
+                stacklevel=3,
+            )
+        numbers = self._adaptation.to_numbers(dropped)
+        for group in self.param_groups:
+            group["noise"].update(numbers)
+
+    def _restore(self) -> None:
+        """Go on from the numbers in the groups, or start where there are none."""
+        assert self._adaptation is not None
+        numbers = self.param_groups[0].get("noise", {})
+        if "version" in numbers:
+            self._adaptation.load_numbers(numbers)
+        else:
+            self._adaptation.restart()
+        self._window.clear(keep_memory=False)
+        if self._capture is not None:
+            self._capture.clear()
+        for group in self.param_groups:
+            self._start_numbers(group)
+
+    def _start_numbers(self, group: dict[str, Any]) -> None:
+        noise = group.setdefault("noise", {})
+        if self.has_second_moment and UPDATES not in noise:
+            steps = [self.state[p]["step"] for p in group["params"] if p in self.state]
+            noise[UPDATES] = int(max(map(float, steps), default=0.0))
+            noise[EXCESS] = 0.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._publish()
+        return super().__getstate__() | {"config": self.config}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_adaptation" in self.__dict__:
+            self._restore()
+        else:
+            self._process_group = None
+            self._begin()
+
+    def _all_params(self) -> list[list[Tensor]]:
+        return [group["params"] for group in self.param_groups]
+
+    def _describe(self, adaptation: Adaptation) -> str:
+        num_params = sum(len(params) for params in self._all_params())
+        return adaptation.describe(num_params, len(self.param_groups))
+
+    def __repr__(self) -> str:
+        hidden = [group.pop("noise", None) for group in self.param_groups]
+        try:
+            text = super().__repr__()
+        finally:
+            for group, noise in zip(self.param_groups, hidden, strict=True):
+                if noise is not None:
+                    group["noise"] = noise
+        line = self._describe(self._adaptation) if self._adaptation else "noise off"
+        return f"{text[:-1]}{line}\n)"
