@@ -46,6 +46,7 @@ class Adaptation:
         process_group: the ranks that share the gradients; the default group if None.
 
     Attributes:
+        num_groups: how many parameter groups are measured.
         steps: the length of the open window, in micro-batches on each rank.
         max_norm: the norm at which its gradient is clipped; infinite for never.
     """
@@ -61,12 +62,12 @@ class Adaptation:
         self.process_group = process_group
         self.decisions: deque[Decision] = deque(maxlen=KEPT_DECISIONS)
         self.observers: list[Observer] = []
-        self._rule, self._num_groups = RATE_RULES[rule], num_groups
+        self._rule, self.num_groups = RATE_RULES[rule], num_groups
         self.restart()
 
     def restart(self) -> None:
         """Forget everything that was measured and decided."""
-        self._go_on(Controller.create(self.config, self._rule, self._num_groups))
+        self._go_on(Controller.create(self.config, self._rule, self.num_groups))
 
     def _go_on(self, controller: Controller) -> None:
         self._controller = controller
@@ -226,7 +227,7 @@ class Adaptation:
     def add_group(self) -> None:
         """Measure one more parameter group."""
         self._learn()
-        self._num_groups += 1
+        self.num_groups += 1
         self._controller = self._controller.with_groups(1)
 
     def describe(self, num_params: int, num_groups: int) -> str:

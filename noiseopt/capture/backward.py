@@ -121,6 +121,7 @@ class BackwardCapture:
                 "no backward pass was seen since the last step(): call loss.backward() on a loss "
                 "of the watched parameters first"
             )
+        samples = samples[self._forget_skipped() :]
         if len(samples) != len(self):
             raise ValueError(
                 f"set_samples() was called {len(samples)} times for {len(self)} backward passes: "
@@ -135,6 +136,14 @@ class BackwardCapture:
         small = parts / weights.square()[:, None] / scale_sq
         used = weights * small.sum(1).isfinite()
         return Measured(small, big / scale_sq, counts, used, None)
+
+    def _forget_skipped(self) -> int:
+        """Forget windows whose step a GradScaler skipped; return how many backwards they had."""
+        extra = len(self) - self._window_steps()
+        if extra <= 0 or bool(torch.stack(self._small).isfinite().all()):
+            return 0
+        del self._small[:extra]
+        return extra
 
     def _group_mean(self, group: int, params: Sequence[Tensor]) -> Tensor:
         zero = torch.zeros((), dtype=sum_dtype(self._device), device=self._device)

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Adam, AdamW, Optimizer
 
 from noiseopt.control import Rates, bias_correction, scaled_beta2
 
 Group = dict[str, Any]
 
-# Two numbers in group["noise"]: the updates that entered Adam's second moment, and by how much the
+# Two numbers for each group: the updates that entered Adam's second moment, and by how much the
 # sum of log(beta2) over them differs from what the user's own beta2 would have made it.
 UPDATES = "second_moment_updates"
 EXCESS = "second_moment_excess"
@@ -56,19 +57,38 @@ def scale_gradients(groups: Sequence[Sequence[Tensor]], factor: Tensor) -> None:
             torch._foreach_mul_(grads, factor.to(device, torch.float32, non_blocking=True))
 
 
-def scaled_values(group: Group, rates: Rates, least_beta2: float, decoupled: bool) -> Group:
+def has_second_moment(optimizer_class: type[Optimizer]) -> bool:
+    """Whether its beta2 is the decay of Adam's second moment."""
+    return issubclass(optimizer_class, (Adam, AdamW))
+
+
+def decouples_weight_decay(optimizer_class: type[Optimizer]) -> bool:
+    """Whether its weight decay is decoupled from the gradient, as in AdamW."""
+    muon = getattr(torch.optim, "Muon", AdamW)
+    return issubclass(optimizer_class, (AdamW, muon))
+
+
+def start_numbers(num_updates: int) -> dict[str, float]:
+    """The numbers of a second moment that so many updates entered at one beta2."""
+    return {UPDATES: num_updates, EXCESS: 0.0}
+
+
+def scaled_values(
+    group: Group, noise: dict[str, Any], rates: Rates, least_beta2: float, decoupled: bool
+) -> Group:
     """What one update puts in place of a group's values; empty if it uses them as they are.
 
     Args:
-        group: an optimizer's parameter group, with its numbers under "noise".
+        group: an optimizer's parameter group.
+        noise: its numbers, if it has a second moment; they take in this update.
         rates: the factors to apply.
         least_beta2: the least beta2 that scaling may lead to.
         decoupled: whether weight decay is decoupled from the gradient, as in AdamW.
     """
     values: Group = {}
     step = rates.lr
-    if UPDATES in group["noise"]:
-        beta2, correction = _second_moment(group, rates, least_beta2)
+    if UPDATES in noise:
+        beta2, correction = _second_moment(group["betas"][1], noise, rates, least_beta2)
         step *= correction
         if beta2 is not None:
             values["betas"] = (group["betas"][0], beta2)
@@ -80,9 +100,10 @@ def scaled_values(group: Group, rates: Rates, least_beta2: float, decoupled: boo
     return values
 
 
-def _second_moment(group: Group, rates: Rates, least_beta2: float) -> tuple[Any, float]:
+def _second_moment(
+    own: Any, noise: dict[str, Any], rates: Rates, least_beta2: float
+) -> tuple[Any, float]:
     """This update's beta2 (None for the user's own) and the correction of its step."""
-    noise, own = group["noise"], group["betas"][1]
     noise[UPDATES] += 1
     if (rates.beta2 == 1 and noise[EXCESS] == 0) or float(own) == 0:
         return None, 1.0

@@ -22,7 +22,7 @@ from noiseopt.capture import BackwardCapture, GradientWindow, Measured, squared_
 from noiseopt.control import NoiseConfig
 from noiseopt.distributed import world_size
 from noiseopt.optim.checks import check_group, check_step, prefer_fused
-from noiseopt.optim.hyper import overridden, scale_gradients, scaled_values
+from noiseopt.optim.hyper import decouples_weight_decay, overridden, scale_gradients, scaled_values
 from noiseopt.optim.saving import SavesNoise
 
 logger = logging.getLogger("noiseopt")
@@ -47,7 +47,6 @@ class NoiseAware(SavesNoise):
     """
 
     rate_rule: ClassVar[str] = "adam"
-    decouples_weight_decay: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -80,6 +79,7 @@ class NoiseAware(SavesNoise):
         # torch's fused optimizers offer to unscale and skip by themselves; a window cannot let
         # them, since the loss scale may change inside it. GradScaler then does it before step().
         self._step_supports_amp_scaling = False
+        self._decoupled = decouples_weight_decay(type(self))
         self._device = self.param_groups[0]["params"][0].device
         self._adaptation = Adaptation(
             self.config, self.rate_rule, len(self.param_groups), self._process_group
@@ -220,7 +220,7 @@ class NoiseAware(SavesNoise):
         assert self._adaptation is not None
         rates = self._adaptation.rates(steps)
         values = [
-            scaled_values(group, rates, self.config.min_beta2, self.decouples_weight_decay)
+            scaled_values(group, group["noise"], rates, self.config.min_beta2, self._decoupled)
             for group in self.param_groups
         ]
         if factor is not None and factor.device.type == "cpu" and factor == 1:

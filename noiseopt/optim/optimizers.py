@@ -15,17 +15,12 @@ class NoiseAwareAdamW(NoiseAware, AdamW):
     gain; beta2 keeps its half-life and weight decay its timescale in samples.
     """
 
-    has_second_moment = True
-    decouples_weight_decay = True
-
 
 class NoiseAwareAdam(NoiseAware, Adam):
     """`torch.optim.Adam` that measures its gradient noise and adapts to it.
 
     Takes every argument of `torch.optim.Adam`, then `noise` and `process_group`; see `NoiseAware`.
     """
-
-    has_second_moment = True
 
 
 class NoiseAwareSGD(NoiseAware, SGD):
@@ -46,8 +41,6 @@ if hasattr(torch.optim, "Muon"):
         Takes every argument of `torch.optim.Muon`, then `noise` and `process_group`; see
         `NoiseAware`. Its learning rate follows the square root of AdaScale's gain.
         """
-
-        decouples_weight_decay = True
 
 
 def noise_aware(optimizer_class: type[Optimizer], rate_rule: str = "adam") -> type[NoiseAware]:
@@ -82,7 +75,5 @@ def noise_aware(optimizer_class: type[Optimizer], rate_rule: str = "adam") -> ty
     namespace = {
         "__doc__": f"`{optimizer_class.__name__}`, noise-aware; see `NoiseAware`.",
         "rate_rule": rate_rule,
-        "has_second_moment": issubclass(optimizer_class, (Adam, AdamW)),
-        "decouples_weight_decay": issubclass(optimizer_class, AdamW),
     }
     return type(f"NoiseAware{optimizer_class.__name__}", (NoiseAware, optimizer_class), namespace)

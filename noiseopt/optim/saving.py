@@ -5,7 +5,7 @@ and torch.distributed.checkpoint all keep them, and a plain optimizer passes the
 """
 
 import warnings
-from typing import Any, ClassVar
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -15,14 +15,12 @@ from noiseopt.adaptation import Adaptation
 from noiseopt.capture import BackwardCapture, GradientWindow
 from noiseopt.control import NoiseConfig
 from noiseopt.optim.checks import check_group
-from noiseopt.optim.hyper import EXCESS, UPDATES
+from noiseopt.optim.hyper import UPDATES, has_second_moment, start_numbers
 from noiseopt.readings import NoiseReadings
 
 
 class SavesNoise(NoiseReadings, Optimizer):
     """The part of `NoiseAware` that outlives a process. Not to be used alone."""
-
-    has_second_moment: ClassVar[bool] = False
 
     config: NoiseConfig
     _process_group: dist.ProcessGroup | None
@@ -97,10 +95,9 @@ class SavesNoise(NoiseReadings, Optimizer):
 
     def _start_numbers(self, group: dict[str, Any]) -> None:
         noise = group.setdefault("noise", {})
-        if self.has_second_moment and UPDATES not in noise:
+        if has_second_moment(type(self)) and UPDATES not in noise:
             steps = [self.state[p]["step"] for p in group["params"] if p in self.state]
-            noise[UPDATES] = int(max(map(float, steps), default=0.0))
-            noise[EXCESS] = 0.0
+            noise.update(start_numbers(int(max(map(float, steps), default=0.0))))
 
     def __getstate__(self) -> dict[str, Any]:
         self._publish()

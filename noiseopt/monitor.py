@@ -1,0 +1,152 @@
+"""The same measurements and decisions for those who keep their own optimizer and loop.
+
+The loop accumulates `monitor.accumulation_steps` backward passes in `p.grad`, each loss divided by
+that number, and steps its optimizer. The monitor reads norms in the backward, without a copy of any
+gradient, and closes the window when the optimizer steps. What it decides is carried out by the
+schedulers of `noiseopt.schedulers`, or by the loop itself.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from noiseopt.adaptation import Adaptation, Number
+from noiseopt.capture import BackwardCapture
+from noiseopt.control import RATE_RULES, NoiseConfig, Rates
+from noiseopt.optim import NoiseAware
+from noiseopt.readings import NoiseReadings
+
+
+class NoiseMonitor(NoiseReadings):
+    """Measures the gradient noise of any torch optimizer, and decides for it.
+
+    Args:
+        optimizer: the optimizer whose parameters are watched. Its steps close the windows.
+        noise: "auto", "advise" (the schedulers then change nothing) or a `NoiseConfig`.
+        rate_rule: "adam" (the saturating square root) or "sgd" (AdaScale's gain).
+        grad_scaler: the GradScaler that scales the losses, if one does.
+        process_group: the ranks that share the gradients; the default group if None.
+
+    Attributes:
+        config: the settings.
+        optimizer: the optimizer.
+
+    Raises:
+        TypeError: the optimizer measures its noise by itself.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> monitor = NoiseMonitor(optimizer, noise=NoiseConfig(accumulation_steps=2))
+        >>> for _ in range(monitor.accumulation_steps):
+        ...     (model(torch.ones(8, 4)).mean() / monitor.accumulation_steps).backward()
+        >>> optimizer.step()
+        >>> monitor.num_updates
+        1
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        noise: str | NoiseConfig = "auto",
+        *,
+        rate_rule: str = "adam",
+        grad_scaler: GradScaler | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        if isinstance(optimizer, NoiseAware):
+            raise TypeError(
+                f"{type(optimizer).__name__} measures its noise by itself: use its own readings, "
+                "or give the monitor a plain torch optimizer"
+            )
+        self.config = noise if isinstance(noise, NoiseConfig) else NoiseConfig(mode=noise)
+        if self.config.mode == "off":
+            raise ValueError("mode is 'off': a monitor that measures nothing; leave it out instead")
+        if rate_rule not in RATE_RULES:
+            raise ValueError(f"rate_rule is {rate_rule!r}: it must be one of {tuple(RATE_RULES)}")
+        self.optimizer = optimizer
+        self._grad_scaler = grad_scaler
+        groups = optimizer.param_groups
+        self._adaptation: Adaptation = Adaptation(
+            self.config, rate_rule, len(groups), process_group
+        )
+        self._capture = BackwardCapture(
+            [group["params"] for group in groups], lambda: self.accumulation_steps
+        )
+        self._micro_batches = 0
+        # The rates are read before the step, where no scheduler has scaled them; the window is
+        # closed after it, so that a decision rules the next window and not this one.
+        self._user_lrs: list[float | Tensor] = []
+        self._handles = [
+            optimizer.register_step_pre_hook(self._read_lr),
+            optimizer.register_step_post_hook(self._close_window),
+        ]
+
+    @property
+    def num_updates(self) -> int:
+        """Updates of the optimizer. On an accelerator this waits for it."""
+        return self._adaptation.num_updates
+
+    @property
+    def micro_batches(self) -> int:
+        """Backward passes in all closed windows, on this rank."""
+        return self._micro_batches
+
+    @property
+    def rates(self) -> Rates:
+        """The factors on the user's hyper-parameters for the open window."""
+        return self._adaptation.rates(self.accumulation_steps)
+
+    @property
+    def max_norm(self) -> float:
+        """The norm at which the open window's gradient is to be clipped; infinite for never."""
+        return self._adaptation.max_norm
+
+    def detach(self) -> None:
+        """Stop watching: remove every hook."""
+        self._capture.detach()
+        for handle in self._handles:
+            handle.remove()
+
+    def state_dict(self) -> dict[str, Number]:
+        """The state as plain numbers. An open window is left behind, and counted."""
+        return self._adaptation.to_numbers(dropped=len(self._capture))
+
+    def load_state_dict(self, state_dict: dict[str, Number]) -> None:
+        """Go on from a state.
+
+        Raises:
+            ValueError: it is of another version or number of groups; nothing is changed then.
+        """
+        self._adaptation.load_numbers(state_dict)
+        self._capture.clear()
+
+    def _read_lr(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._user_lrs = [group["lr"] for group in optimizer.param_groups]
+
+    @torch.no_grad()
+    def _close_window(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        adaptation = self._adaptation
+        groups = [group["params"] for group in optimizer.param_groups]
+        while adaptation.num_groups < len(groups):
+            self._capture.add_group(groups[adaptation.num_groups])
+            adaptation.add_group()
+        samples = adaptation.window_samples(len(self._capture))
+        self._micro_batches += len(samples)
+        measured = self._capture.close(groups, samples, self._loss_scale())
+        clipped = measured.big_norms.sum().sqrt() > adaptation.max_norm
+        adaptation.close_window(measured, True, clipped, self._lr)
+
+    def _loss_scale(self) -> float | Tensor:
+        if self._grad_scaler is None or not self._grad_scaler.is_enabled():
+            return 1.0
+        scale = self._grad_scaler._get_scale_async()
+        return 1.0 if scale is None else scale
+
+    def _lr(self) -> float:
+        return max(map(float, self._user_lrs))

@@ -1,0 +1,170 @@
+"""What a `NoiseMonitor` decides, carried out on a plain torch optimizer by the user's own loop.
+
+monitor = NoiseMonitor(optimizer)
+schedule = NoiseAwareLR(monitor, CosineAnnealingLR(optimizer, T_max=len(loader)))
+clip = ClipScheduler(monitor)
+for window in AccumulationScheduler(monitor).windows(loader):
+for batch in window:
+(loss(model, batch) / len(window)).backward()
+clip.clip_()
+optimizer.step()
+schedule.step()
+optimizer.zero_grad()
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from noiseopt.monitor import NoiseMonitor
+from noiseopt.optim.hyper import (
+    decouples_weight_decay,
+    has_second_moment,
+    scaled_values,
+    start_numbers,
+)
+
+T = TypeVar("T")
+
+
+class NoiseAwareLR(LRScheduler):
+    """Scales the rates inside each `optimizer.step()` and takes the factors back after it.
+
+    `group["lr"]` stays what the user's own schedule makes it, so every torch scheduler keeps its
+    meaning. That schedule, if given, is advanced once for each micro-batch that was consumed: it
+    counts samples, whatever the windows do. Learning rate, beta2 and decoupled weight decay follow
+    the batch, each as `NoiseConfig` says.
+
+    Args:
+        monitor: whose decisions to carry out.
+        scheduler: the user's own schedule, whose `step()` takes no argument.
+
+    Raises:
+        ValueError: the schedule belongs to another optimizer.
+    """
+
+    def __init__(self, monitor: NoiseMonitor, scheduler: LRScheduler | None = None) -> None:
+        if scheduler is not None and scheduler.optimizer is not monitor.optimizer:
+            raise ValueError("the scheduler's optimizer is not the one that the monitor watches")
+        self.optimizer = monitor.optimizer
+        self.monitor = monitor
+        self.scheduler = scheduler
+        kind = type(self.optimizer)
+        self._decoupled = decouples_weight_decay(kind)
+        self._numbers = [
+            start_numbers(0) if has_second_moment(kind) else {} for _ in self.optimizer.param_groups
+        ]
+        self._saved: list[dict[str, Any]] = []
+        self._advanced = monitor.micro_batches
+        self._handles = [
+            self.optimizer.register_step_pre_hook(self._scale),
+            self.optimizer.register_step_post_hook(self._restore),
+        ]
+
+    def step(self, epoch: int | None = None) -> None:
+        """Advance the user's schedule by the micro-batches consumed since the last call."""
+        consumed, self._advanced = (
+            self.monitor.micro_batches - self._advanced,
+            self.monitor.micro_batches,
+        )
+        if self.scheduler is not None:
+            for _ in range(consumed):
+                self.scheduler.step()
+
+    def get_last_lr(self) -> list[float | Tensor]:
+        """The learning rates of the open window, the adapted factor included."""
+        factor = self.monitor.rates.lr
+        return [group["lr"] * factor for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the user's schedule, and the numbers of this one."""
+        inner = None if self.scheduler is None else self.scheduler.state_dict()
+        return {"scheduler": inner, "second_moments": [dict(n) for n in self._numbers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state; load the monitor's first."""
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state_dict["scheduler"])
+        self._numbers = [dict(n) for n in state_dict["second_moments"]]
+        self._advanced = self.monitor.micro_batches
+
+    def detach(self) -> None:
+        """Stop scaling."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _scale(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._put_back()
+        rates, least = self.monitor.rates, self.monitor.config.min_beta2
+        groups = optimizer.param_groups
+        while len(self._numbers) < len(groups):
+            self._numbers.append(start_numbers(0) if self._numbers[0] else {})
+        for group, numbers in zip(groups, self._numbers, strict=True):
+            values = scaled_values(group, numbers, rates, least, self._decoupled)
+            self._saved.append({key: group[key] for key in values})
+            group.update(values)
+
+    def _restore(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._put_back()
+
+    def _put_back(self) -> None:
+        """Also after a step that raised: then at the next one."""
+        for group, saved in zip(self.optimizer.param_groups, self._saved, strict=False):
+            group.update(saved)
+        self._saved = []
+
+
+class AccumulationScheduler:
+    """Hands out micro-batches in windows of the decided length.
+
+    Args:
+        monitor: whose decisions to carry out.
+    """
+
+    def __init__(self, monitor: NoiseMonitor) -> None:
+        self.monitor = monitor
+
+    def windows(self, batches: Iterable[T]) -> Iterator[list[T]]:
+        """Yield lists of micro-batches, each as long as the window that is open then.
+
+        The last may be shorter. Divide each loss by the length of its list.
+        """
+        window: list[T] = []
+        for batch in batches:
+            window.append(batch)
+            if len(window) >= self.monitor.accumulation_steps:
+                yield window
+                window = []
+        if window:
+            yield window
+
+
+class ClipScheduler:
+    """Clips at the decided norm.
+
+    Args:
+        monitor: whose decisions to carry out.
+    """
+
+    def __init__(self, monitor: NoiseMonitor) -> None:
+        self.monitor = monitor
+
+    @property
+    def max_norm(self) -> float:
+        """The norm at which the open window's gradient is clipped; infinite for never."""
+        return self.monitor.max_norm
+
+    def clip_(self) -> Tensor:
+        """Clip the gradients in place, by `torch.nn.utils.clip_grad_norm_`.
+
+        Returns:
+            Their norm before, 0-d.
+        """
+        params = [p for group in self.monitor.optimizer.param_groups for p in group["params"]]
+        with torch.no_grad():
+            return clip_grad_norm_(params, self.max_norm)
