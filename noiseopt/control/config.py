@@ -30,7 +30,8 @@ class NoiseConfig:
         decision_interval: updates between two decisions. Measurements stay on the device until
             then, so that no other update waits for it.
         probe_interval: where windows have one gradient and show no noise, every so many updates
-            use a window of two. 0 never probes: the noise stays unknown until windows grow.
+            use a window of two; after 512 such probes, one in every 512th part of the run. 0 never
+            probes: the noise stays unknown.
         min_effective_count: independent windows that an estimate must be worth to be acted upon.
         grow_when_stable: grow while the learning rate is flat and the noise allows it.
         noise_margin: when stable, the batch stays below this share of the scale's lower bound.
@@ -69,7 +70,7 @@ class NoiseConfig:
     winsorise: float = 5.0
     confidence: float = 0.95
     decision_interval: int = 10
-    probe_interval: int = 16
+    probe_interval: int = 8
     min_effective_count: float = 20.0
     grow_when_stable: bool = True
     noise_margin: float = 0.5

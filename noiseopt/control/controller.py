@@ -16,6 +16,7 @@ from noiseopt.control.state import ControllerState
 from noiseopt.estimate import GroupNoise, NoiseEstimate
 
 CAUTION_AFTER_REVERT = 0.5
+PROBES_PER_RUN = 512  # after so many, probes become rarer as the run grows longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +52,10 @@ class Controller:
         """The length of the window after so many others: the decided one, or a probe of two."""
         steps, interval = self.state.accumulation_steps, self.config.probe_interval
         may_probe = self.config.mode == "auto" and self.config.max_accumulation_steps >= 2
-        if steps == 1 and may_probe and interval and (num_windows + 1) % interval == 0:
-            return 2
-        return steps
+        if steps > 1 or not may_probe or not interval:
+            return steps
+        interval = max(interval, num_windows // PROBES_PER_RUN)
+        return 2 if (num_windows + 1) % interval == 0 else 1
 
     def rates(self, steps: int) -> Rates:
         """The factors on the hyper-parameters for a window of so many steps."""

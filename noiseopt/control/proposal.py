@@ -57,9 +57,8 @@ def unknown(config: NoiseConfig, state: ControllerState) -> str:
         return f"noise unknown: {state.estimator.windows} windows measured so far"
     if config.mode == "auto" and config.probe_interval:
         return (
-            "noise unknown: a window of 1 has one gradient and no spread; every "
-            f"{config.probe_interval}th update is a probe window of 2 "
-            f"({state.estimator.windows} so far)"
+            "noise unknown: a window of 1 has one gradient and no spread; one in "
+            f"{config.probe_interval} is a probe window of 2 ({state.estimator.windows} so far)"
         )
     return (
         "noise unknown: a window of 1 has one gradient and no spread, and nothing is probed; "

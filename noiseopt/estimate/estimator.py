@@ -2,7 +2,7 @@
 
 Numerator tr(Sigma) and denominator |G|^2 are unbiased in every window, averaged apart with the same
 weights, and divided last. The half-life grows with the run: a fixed share of the samples seen, and
-at least a fixed number of windows.
+at least a number of windows, which itself starts small.
 """
 
 import math
@@ -13,6 +13,7 @@ from noiseopt.estimate.interval import noise_fraction, ratio_bounds
 from noiseopt.estimate.window import NoiseSample, WindowNorms
 
 MIN_WINDOWS = 3
+EARLY_SHARE = 0.2
 SETTING = {"setting": True}  # marks what is not state: it is not saved with it
 
 
@@ -81,7 +82,8 @@ class NoiseEstimator:
 
     Attributes:
         half_life_fraction: the half-life of the averages, as a share of the samples seen.
-        half_life_windows: its least length, in windows that could be measured.
+        half_life_windows: its least length, in windows that could be measured; while fewer than
+            five times as many were, a fifth of them.
         winsorise: the limit, in standard deviations, beyond which a window is pulled in.
         samples_seen: samples in all windows so far, measured or not.
         samples_measured: samples seen when the last window was measured.
@@ -126,9 +128,11 @@ class NoiseEstimator:
         )
 
     def _decay(self, seen: float) -> float:
-        elapsed = seen - self.samples_measured
-        half_lives = min(elapsed / (self.half_life_fraction * seen), 1 / self.half_life_windows)
-        return float(2**-half_lives)
+        elapsed = (seen - self.samples_measured) / (self.half_life_fraction * seen)
+        # The first gradients of a run are many times larger than all that follow. A half-life that
+        # starts short lets their weight fall with a power of the windows measured.
+        least = min(self.half_life_windows, max(EARLY_SHARE * self.windows, 1.0))
+        return float(2 ** -min(elapsed, 1 / least))
 
     def _update_groups(self, parts: tuple[NoiseSample, ...], rate: float) -> tuple[GroupNoise, ...]:
         if len(self.groups) != len(parts):
