@@ -43,7 +43,7 @@ BLOCK = 10  # GPT-NeoX's n_batches
 MOMENTS = 16  # at which each record is pooled
 CONFIDENCE = 0.95
 CLAIM = 2.0  # the squared error of two-norm estimators is to be at least this multiple of ours
-SPECTRUM = torch.arange(1, 641, dtype=torch.float32) ** (-1 / 3)  # diag(Sigma); d_eff is 536
+SPECTRUM = torch.arange(1, 641, dtype=torch.float32) ** (-1 / 3)  # diag(Sigma); d_eff is 521
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -515,8 +515,8 @@ def setups(plan: Plan) -> list[Setup]:
         start = stationary_weights(plan.other_seeds, 1.0, generator)
         return quadratic(start, 1.0, generator), total
 
-    def descent() -> tuple[Stream, float]:
-        return quadratic(weights_at(0.3, plan.other_seeds), 0.02, seeded(30)), total
+    def descent() -> tuple[Stream, float]:  # r rises from 0.3 to 8
+        return quadratic(weights_at(0.3, plan.other_seeds), 0.005, seeded(30)), total
 
     def language_model() -> tuple[Stream, float]:
         gradients, trace = population(plan.population, plan.training)
