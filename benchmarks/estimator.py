@@ -24,6 +24,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -136,11 +137,14 @@ class Record:
 # --- the averages -----------------------------------------------------------------------------
 
 
+@cache
 def our_decays(windows: int) -> Array:
-    """Our factor on the past at each window, for windows of equal size: NoiseEstimator's rule."""
-    rule = NoiseEstimator()
-    seen = np.arange(1, windows + 1)
-    return 2.0 ** -np.minimum(1 / (rule.half_life_fraction * seen), 1 / rule.half_life_windows)
+    """Our factor on the past at each window of a run, read off NoiseEstimator's sum of weights."""
+    estimator, weights = NoiseEstimator(), [1.0]
+    for _ in range(windows):
+        estimator = estimator.update(WindowNorms((2.0,), (1.0,), BATCH / 2, BATCH, 2, BATCH))
+        weights.append(estimator.average.weight)
+    return (np.array(weights[1:]) - 1) / np.array(weights[:-1])
 
 
 def average(values: Array, decays: Array) -> Array:
