@@ -29,9 +29,11 @@ def noisy(number, samples=16.0, seed=0):
 
 
 def test_the_scale_is_the_ratio_of_the_averages():
-    estimate = fed([window(10.0, 1.0), window(30.0, 4.0), window(20.0, 1.0)] * 3).estimate(10.0)
-    average = fed([window(10.0, 1.0), window(30.0, 4.0), window(20.0, 1.0)] * 3).average
-    assert estimate.scale == average.trace / average.signal == pytest.approx(10.0, rel=0.05)
+    """Not the average of the ratios, which here is 9."""
+    estimator = fed([window(10.0, 1.0), window(32.0, 4.0)] * 200)
+    assert estimator.estimate(10.0).scale == pytest.approx(42 / 5, rel=0.02)
+    estimate = estimator.estimate(10.0)
+    assert estimate.scale == estimator.average.trace / estimator.average.signal
     assert estimate.fraction == pytest.approx(estimate.scale / (estimate.scale + 10.0))
 
 
@@ -57,8 +59,16 @@ def test_the_half_life_is_a_share_of_the_samples_seen():
 
 
 def test_the_half_life_is_never_shorter_than_its_windows():
-    weight = fed(noisy(2), half_life_fraction=0.02, half_life_windows=32.0).average.weight
-    assert weight == pytest.approx(1 + 2 ** (-1 / 32))
+    old = fed(noisy(400), half_life_windows=32.0)
+    weight = old.update(window(1.0, 1.0)).average.weight
+    assert weight == pytest.approx(1 + 2 ** (-1 / 32) * old.average.weight)
+
+
+@pytest.mark.parametrize(("windows", "half_life"), [(1, 1), (5, 1), (50, 10), (159, 31.8)])
+def test_the_first_windows_are_forgotten_within_a_fifth_of_those_measured(windows, half_life):
+    old = fed(noisy(windows), half_life_windows=32.0)
+    weight = old.update(window(1.0, 1.0)).average.weight
+    assert weight == pytest.approx(1 + 2 ** (-1 / half_life) * old.average.weight)
 
 
 def test_the_memory_is_counted_in_samples():

@@ -1,0 +1,164 @@
+"""The rules one by one: each on a state in which only it may speak."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from noiseopt.control import ControllerState, NoiseConfig
+from noiseopt.control.proposal import SHRINK_BELOW, propose
+from noiseopt.control.verification import LossTrend, Verification
+from noiseopt.estimate import NoiseEstimate, noise_fraction
+
+CONFIG = NoiseConfig(accumulation_steps=4, max_accumulation_steps=64)
+SAMPLES_PER_STEP = 8
+
+
+def noise(steps=4, lower=1e4, upper=math.inf, count=50.0):
+    batch = SAMPLES_PER_STEP * steps
+    return NoiseEstimate(
+        scale=lower,
+        scale_interval=(lower, upper),
+        scale_lower=lower,
+        scale_upper=upper,
+        fraction=noise_fraction(lower, batch),
+        fraction_interval=(noise_fraction(lower, batch), noise_fraction(upper, batch)),
+        fraction_lower=noise_fraction(lower, batch),
+        fraction_upper=noise_fraction(upper, batch),
+        batch=batch,
+        trace=lower,
+        signal=1.0,
+        samples_seen=1e5,
+        effective_count=count,
+        winsorised=0,
+        unit="samples",
+    )
+
+
+def state(config=CONFIG, samples=1e5, **changes):
+    """Flat learning rate, long after any change."""
+    initial = ControllerState.initial(config, num_groups=1)
+    estimator = replace(initial.estimator, samples_seen=samples)
+    flat = {"lr": 1.0, "previous_lr": 1.0, "peak_lr": 1.0, "num_updates": 1000}
+    return replace(initial, estimator=estimator, **(flat | changes))
+
+
+def verified(mean_excess, seen=12):
+    """A pending judgement, on a trend without noise."""
+    trend = LossTrend(weight=20.0, weight_sq=1.0, x=11.0, y=3.0, xx=1.0)
+    return Verification(trend, 2, seen, mean_excess * (seen - 2), expected=3.0)
+
+
+def proposed(config=CONFIG, given_noise=None, **changes):
+    change = propose(config, state(config, **changes), given_noise or noise())
+    return change.action, change.steps
+
+
+def test_room_in_the_noise_doubles_the_window():
+    assert proposed() == ("grow", 8)
+
+
+@pytest.mark.parametrize(("lower", "action"), [(127.9, "hold"), (128.1, "grow")])
+def test_the_next_batch_stays_below_the_margin_of_the_lower_bound(lower, action):
+    """Twice 4 steps of 8 samples need a lower bound of 64 / 0.5."""
+    assert proposed(given_noise=noise(lower=lower))[0] == action
+
+
+@pytest.mark.parametrize(
+    ("changes", "given_noise"),
+    [
+        ({"previous_lr": 0.9}, noise()),
+        ({}, noise(count=19.9)),
+        ({"reverts": 3}, noise()),
+        ({"blocked_until": 1.1e5}, noise()),
+        ({"changed_at_samples": 0.96e5}, noise()),
+        ({"changed_at_updates": 951}, noise()),
+        ({"verification": verified(0.0, seen=5)}, noise()),
+    ],
+    ids=["warm-up", "uncertain", "reverts", "blocked", "dwell-samples", "dwell-updates", "pending"],
+)
+def test_what_holds_a_window_back(changes, given_noise):
+    assert proposed(given_noise=given_noise, **changes) == ("hold", 4)
+
+
+def test_an_unknown_noise_holds_and_says_how_it_will_become_known():
+    alone = NoiseConfig()
+    assert propose(CONFIG, state(), None).reason == "noise unknown: 0 windows measured so far"
+    assert "one in 8 is a probe window" in propose(alone, state(alone), None).reason
+    blind = replace(alone, probe_interval=0)
+    assert "nothing is probed" in propose(blind, state(blind), None).reason
+    advise = replace(alone, mode="advise")
+    assert "nothing is probed" in propose(advise, state(advise), None).reason
+
+
+@pytest.mark.parametrize("steps", [33, 63, 64])
+def test_growth_stops_at_the_longest_window(steps):
+    expected = ("hold", 64) if steps == 64 else ("grow", 64)
+    assert proposed(given_noise=noise(steps), accumulation_steps=steps) == expected
+
+
+def test_growth_can_be_switched_off():
+    assert proposed(replace(CONFIG, grow_when_stable=False)) == ("hold", 4)
+    assert proposed(replace(CONFIG, grow_in_decay=False), lr=0.2) == ("hold", 4)
+
+
+@pytest.mark.parametrize(("factor", "action"), [(0.99, "shrink"), (1.01, "hold")])
+def test_a_noise_far_below_the_batch_halves_the_window(factor, action):
+    few = noise(8, lower=0.0, upper=factor * 64 / SHRINK_BELOW)
+    assert proposed(given_noise=few, accumulation_steps=8)[0] == action
+
+
+def test_the_window_shrinks_to_its_least_and_no_further():
+    config = replace(CONFIG, min_accumulation_steps=3)
+    none = noise(4, lower=0.0, upper=0.0)
+    assert proposed(config, none) == ("shrink", 3)
+    assert proposed(config, noise(3, 0.0, 0.0), accumulation_steps=3) == ("hold", 3)
+    assert proposed(config, none, changed_at_samples=0.99e5) == ("hold", 4)
+
+
+@pytest.mark.parametrize(
+    ("lr", "steps"),
+    [(0.81, 4), (0.8, 5), (0.6, 6), (0.5, 8), (0.25, 8), (1e-9, 8), (1e-320, 8)],
+)
+def test_in_decay_the_window_grows_as_the_rate_falls_and_at_most_doubles(lr, steps):
+    assert proposed(lr=lr, stable_steps=4)[1] == steps
+
+
+@pytest.mark.parametrize("lr", [0.0, -0.1])
+def test_a_learning_rate_that_is_not_positive_holds(lr):
+    assert proposed(lr=lr) == ("hold", 4)
+
+
+@pytest.mark.parametrize(("lower", "action"), [(31.9, "hold"), (32.1, "grow")])
+def test_growth_in_decay_takes_a_gradient_dominated_by_noise(lower, action):
+    """A noise fraction of one half at 32 samples is a scale of 32."""
+    assert proposed(given_noise=noise(lower=lower), lr=0.5)[0] == action
+
+
+@pytest.mark.parametrize(("lower", "action"), [(63.9, "hold"), (64.1, "grow")])
+def test_caution_halves_the_noise_scale_in_decay(lower, action):
+    """After a revert the gate is twice as strict, and not shut."""
+    assert proposed(given_noise=noise(lower=lower), lr=0.5, caution=0.5)[0] == action
+
+
+@pytest.mark.parametrize(("lower", "action"), [(255.9, "hold"), (256.1, "grow")])
+def test_caution_halves_the_noise_scale_when_stable(lower, action):
+    assert proposed(given_noise=noise(lower=lower), caution=0.5)[0] == action
+
+
+def test_what_hurt_is_reverted_before_anything_else():
+    """Also with the noise unknown, in warm-up, and after the last of the reverts."""
+    bad = {"verification": verified(0.1), "previous_lr": 0.5, "reverts": 3}
+    assert proposed(given_noise=noise(count=1.0), **bad) == ("revert", 2)
+    assert propose(CONFIG, state(**bad), None).action == "revert"
+
+
+@pytest.mark.parametrize(("excess", "action"), [(0.014, "grow"), (0.016, "revert")])
+def test_the_tolerance_is_relative_to_the_expected_loss(excess, action):
+    """0.5 % of 3 is 0.015."""
+    assert proposed(verification=verified(excess))[0] == action
+
+
+def test_nothing_is_reverted_without_verification():
+    off = replace(CONFIG, verify=False)
+    assert proposed(off, verification=verified(0.1))[0] == "grow"
