@@ -10,7 +10,7 @@ import functools
 import json
 import math
 import os
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -163,12 +163,12 @@ def replay(path: PathLike) -> tuple[Decision, ...]:
     controller = Controller.create(header.config, RATE_RULES[header.rule], header.num_groups)
     decisions = []
     for recorded in record.decisions:
-        if recorded.noise is not None:  # set_samples() may have changed what is counted
-            controller = replace(controller, unit=recorded.noise.unit)
+        if recorded.noise is not None and recorded.noise.unit == "samples":
+            controller = controller.counting_samples()  # as set_samples() has it
         for window in recorded.windows:
             controller = controller.learn(window)
-        controller, decision = controller.decide(recorded.lr)
-        decisions.append(replace(decision, windows=recorded.windows))
+        controller, decision = controller.decide(recorded.lr, recorded.windows)
+        decisions.append(decision)
     return tuple(decisions)
 
 

@@ -43,8 +43,9 @@ def run(config, rule="adam", num_groups=1, updates=600, seed=0):
         if len(windows) == config.decision_interval:
             for window in windows:
                 controller = controller.learn(window)
-            controller, decision = controller.decide(lr=1e-3 * (1 - update / updates) + 1e-4)
-            yield replace(decision, windows=tuple(windows))
+            lr = 1e-3 * (1 - update / updates) + 1e-4
+            controller, decision = controller.decide(lr, tuple(windows))
+            yield decision
             windows = []
 
 

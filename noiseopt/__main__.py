@@ -1,0 +1,7 @@
+"""`python -m noiseopt`, the same as the command `noiseopt`."""
+
+import sys
+
+from noiseopt.cli import main
+
+sys.exit(main())

@@ -1,0 +1,113 @@
+"""The command line: `noiseopt demo` and `noiseopt report`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import noiseopt
+from noiseopt.demo import prepare
+from noiseopt.demo.train import Settings
+from noiseopt.report import report
+
+DEMO = """\
+Trains a small byte-level GPT on the source of Python's standard library twice, from the same
+weights on the same micro-batches: with torch.optim.AdamW, and with NoiseAwareAdamW in its place.
+Needs no network and no accelerator. Ctrl-C leaves what was done readable."""
+REPORT = """\
+Prints what the record of a run says (updates, noise with its interval, every change and its
+reason, a verdict) and draws it into plot.png in the run's folder."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    0 is success, 1 an error that is named on standard error, 2 a wrong call, 130 an interruption.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except KeyboardInterrupt:
+        return _fail("interrupted", code=130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="noiseopt",
+        description="Torch optimizers that measure gradient noise and act on it.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {noiseopt.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_report(commands)
+    return parser
+
+
+def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="train a small model with and without noiseopt and show the difference",
+        description=DEMO,
+    )
+    standard = Settings()
+    options = (
+        ("--steps", _positive, standard.steps, "N", "micro-batches for each optimizer"),
+        ("--batch-size", _positive, standard.batch_size, "B", "excerpts in a micro-batch"),
+        ("--lr", float, standard.lr, "LR", "peak learning rate"),
+        ("--seed", int, standard.seed, "S", "of the weights and of the order of the data"),
+        ("--name", str, "demo", "NAME", "name of the run, and of its folder"),
+        ("--out", Path, Path("runs"), "DIR", "folder of all runs"),
+    )
+    for name, kind, default, placeholder, text in options:
+        demo.add_argument(
+            name, type=kind, default=default, metavar=placeholder, help=f"{text} (%(default)s)"
+        )
+    demo.add_argument(
+        "--force", action="store_true", help="replace an earlier run of this name, not NAME-2"
+    )
+    demo.add_argument("--no-wandb", action="store_true", help="no wandb, even where installed")
+    demo.set_defaults(run=_demo)
+
+
+def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "report", help="print and draw what the record of a run says", description=REPORT
+    )
+    parser.add_argument("folder", type=Path, metavar="RUN", help="a run's folder: runs/NAME")
+    parser.set_defaults(run=_report)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    chosen = {name: getattr(arguments, name) for name in ("steps", "seed", "batch_size", "lr")}
+    try:
+        demo = prepare(
+            Settings(**chosen),
+            out=arguments.out,
+            name=arguments.name,
+            force=arguments.force,
+            track=not arguments.no_wandb,
+        )
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        return _fail(str(error))
+    return demo.run()
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    try:
+        picture = report(arguments.folder)
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        return _fail(str(error))
+    print(f"Drawn: {picture}")
+    return 0
+
+
+def _fail(message: str, code: int = 1) -> int:
+    print(f"noiseopt: {message}", file=sys.stderr)
+    return code
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
