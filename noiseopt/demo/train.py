@@ -104,9 +104,7 @@ def noise_aware_adamw(model: GPT, settings: Settings) -> NoiseAwareAdamW:
         lr=settings.lr,
         betas=settings.betas,
         weight_decay=settings.weight_decay,
-        noise=NoiseConfig(
-            samples_per_micro_batch=settings.batch_size, max_norm=settings.max_norm
-        ),
+        noise=NoiseConfig(samples_per_micro_batch=settings.batch_size, max_norm=settings.max_norm),
     )
 
 
