@@ -160,7 +160,8 @@ class NoiseAware(SavesNoise):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            if loss is not None:
+            # A closure may return anything; what is one number is taken for the loss.
+            if isinstance(loss, int | float) or (isinstance(loss, Tensor) and loss.numel() == 1):
                 self.report_loss(loss)
         with torch.no_grad():
             self._take_gradient(self._adaptation)
@@ -290,7 +291,7 @@ def _signature(cls: type[NoiseAware]) -> inspect.Signature:
     torch_class = next(
         base
         for base in cls.__mro__
-        if issubclass(base, Optimizer) and not issubclass(base, NoiseAware)
+        if issubclass(base, Optimizer) and not issubclass(base, SavesNoise)
     )
     theirs = inspect.signature(torch_class).parameters.values()
     ours = inspect.signature(NoiseAware.__init__).parameters
