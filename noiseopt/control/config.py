@@ -32,11 +32,12 @@ class NoiseConfig:
         probe_interval: where windows have one gradient and show no noise, every so many updates
             use a window of two; after 512 such probes, one in every 512th part of the run. 0 never
             probes: the noise stays unknown.
-        min_effective_count: independent windows that an estimate must be worth to be acted upon.
+        min_count: measured windows that an estimate must rest on to be acted upon.
         grow_when_stable: grow while the learning rate is flat and the noise allows it.
         noise_margin: when stable, the batch stays below this share of the scale's lower bound.
         grow_in_decay: grow as the schedule lowers the learning rate (Seesaw, Meterez et al. 2026).
         decay_noise_fraction: in decay, the noise fraction's lower bound that growth requires.
+        shrink: halve the window when the noise scale's upper bound lies far below the batch.
         dwell_fraction: the least distance between two changes, as a share of the samples seen.
         dwell_updates: the same in updates; the longer of the two holds.
         adapt_lr: couple the learning rate to the batch by the optimizer's own rule.
@@ -71,11 +72,12 @@ class NoiseConfig:
     confidence: float = 0.95
     decision_interval: int = 10
     probe_interval: int = 8
-    min_effective_count: float = 20.0
+    min_count: float = 20.0
     grow_when_stable: bool = True
     noise_margin: float = 0.5
     grow_in_decay: bool = True
     decay_noise_fraction: float = 0.5
+    shrink: bool = True
     dwell_fraction: float = 0.05
     dwell_updates: int = 50
     adapt_lr: bool = True
@@ -120,6 +122,7 @@ class NoiseConfig:
                 0 < self.samples_per_micro_batch < math.inf,
                 "positive and finite, or None to count micro-batches",
             )
+        self._check("noise_margin", self.noise_margin < math.inf, "finite")
         self._check(
             "probe_interval", self.probe_interval != 1, "0 (never) or at least 2 updates apart"
         )
@@ -152,7 +155,7 @@ _AT_LEAST_ONE = (
     "half_life_windows",
     "winsorise",
     "decision_interval",
-    "min_effective_count",
+    "min_count",
     "dwell_updates",
     "max_lr_factor",
     "max_reverts",

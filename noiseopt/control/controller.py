@@ -52,7 +52,7 @@ class Controller:
         """The length of the window after so many others: the decided one, or a probe of two."""
         steps, interval = self.state.accumulation_steps, self.config.probe_interval
         may_probe = self.config.mode == "auto" and self.config.max_accumulation_steps >= 2
-        if steps > 1 or not may_probe or not interval:
+        if steps * self.state.gradients_per_step > 1 or not may_probe or not interval:
             return steps
         interval = max(interval, num_windows // PROBES_PER_RUN)
         return 2 if (num_windows + 1) % interval == 0 else 1
@@ -82,7 +82,9 @@ class Controller:
         """Take in one window."""
         state = self.state
         estimator, norms, grad_norm = state.estimator, state.norms, 0.0
+        gradients = state.gradients_per_step
         if window.norms is not None:
+            gradients = max(1, window.norms.count // window.micro_batches)
             estimator = estimator.update(window.norms)
             grad_norm = math.sqrt(math.fsum(window.norms.big_sq))
             if grad_norm > 0 and window.norms.finite:
@@ -91,6 +93,7 @@ class Controller:
         return self._with(
             estimator=estimator,
             norms=norms,
+            gradients_per_step=gradients,
             grad_norm=grad_norm,
             num_windows=state.num_windows + 1,
             num_updates=state.num_updates + window.applied,
@@ -130,7 +133,7 @@ class Controller:
             batch=decided.batch(steps),
             rates=decided.rates(steps),
             max_norm=decided.state.max_norm,
-            verifying=decided.state.verification.pending,
+            verifying=applied and decided.state.verification.pending,
             noise=noise,
             lr=lr,
             loss=loss,
@@ -146,11 +149,11 @@ class Controller:
 
     def _observe(self, lr: float, loss: float | None) -> "Controller":
         state = self.state
+        samples = state.estimator.samples_seen
         verification = state.verification
-        if loss is not None and state.estimator.samples_seen > 0:
-            verification = verification.observe(state.estimator.samples_seen, loss)
-        elif verification.pending:
-            verification = verification.finish()
+        if samples > 0:
+            middle = (state.decided_at_samples + samples) / 2
+            verification = verification.observe(middle, loss)
         return self._with(
             verification=verification,
             previous_lr=state.lr,
@@ -158,6 +161,7 @@ class Controller:
             peak_lr=max(state.peak_lr, lr),
             loss_sum=0.0,
             loss_count=0,
+            decided_at_samples=samples,
         )
 
     def _estimate(self) -> NoiseEstimate | None:
@@ -167,7 +171,7 @@ class Controller:
     def _norm_ratio(self, batch: float) -> float:
         """m(batch) / m(reference batch) by the measured noise; 1 while it is unknown."""
         estimator = self.state.estimator
-        if estimator.average.effective_count < self.config.min_effective_count:
+        if estimator.average.count < self.config.min_count:
             return 1.0
         norm = estimator.norm_at(self.batch(self.state.reference_steps))
         return estimator.norm_at(batch) / norm if norm > 0 else 1.0
@@ -177,17 +181,18 @@ class Controller:
         state = self.state
         samples, verification = state.estimator.samples_seen, state.verification
         noise_ratio = state.noise_ratio
-        if noise is not None and noise.effective_count >= self.config.min_effective_count:
+        if noise is not None and noise.count >= self.config.min_count:
             reference = noise.batch * state.reference_steps / state.accumulation_steps
             noise_ratio = state.caution * noise.scale_lower / reference
         if verification.pending and state.verdict(self.config.loss_tolerance) != "open":
             verification = verification.finish()
         changed = change.steps != state.accumulation_steps
         if change.action == "revert":
+            grew = change.steps < state.accumulation_steps
             state = replace(
                 state,
                 reverts=state.reverts + 1,
-                caution=CAUTION_AFTER_REVERT * state.caution,
+                caution=state.caution * (CAUTION_AFTER_REVERT if grew else 1.0),
                 blocked_until=samples * (1 + self.config.dwell_fraction),
             )
         elif changed and self.config.verify:

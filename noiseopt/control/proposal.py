@@ -70,11 +70,9 @@ def _wait(
     config: NoiseConfig, state: ControllerState, noise: NoiseEstimate, verdict: str
 ) -> str | None:
     """Why nothing may change now; None if something may."""
-    if noise.effective_count < config.min_effective_count:
-        return (
-            f"the estimate is worth {noise.effective_count:.1f} independent windows of the "
-            f"{config.min_effective_count:g} required"
-        )
+    if noise.count < config.min_count:
+        count, least = noise.count, config.min_count
+        return f"the estimate rests on {count:.1f} windows of the {least:g} required"
     if state.reverts >= config.max_reverts:
         return f"{state.reverts} changes were reverted: no more are made"
     if state.verification.pending and verdict == "open":
@@ -98,8 +96,9 @@ def _revert(state: ControllerState) -> Change:
 
 def _shrink(config: NoiseConfig, state: ControllerState, noise: NoiseEstimate) -> Change | None:
     steps, least = state.accumulation_steps, config.min_accumulation_steps
-    bound = noise.scale_upper * state.caution
-    if steps <= least or bound > noise.batch / SHRINK_BELOW or not state.settled(config):
+    if not config.shrink or steps <= least or not state.settled(config):
+        return None
+    if noise.scale_upper * state.caution > noise.batch / SHRINK_BELOW:
         return None
     return Change(
         "shrink",

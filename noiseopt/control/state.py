@@ -29,6 +29,7 @@ class ControllerState:
         max_norm: the norm at which clipping begins, as last decided; infinite for never.
         num_windows: windows closed, with or without an update.
         num_updates: updates applied.
+        gradients_per_step: independent gradients that each micro-batch brings, from all ranks.
         micro_batches: micro-batches seen on one rank.
         total_clipped: updates whose gradient was clipped.
         total_skipped: micro-batches left out because they were not finite.
@@ -42,6 +43,7 @@ class ControllerState:
         reverts: how many changes were reverted.
         blocked_until: no growth before so many samples.
         caution: the factor on the noise scale after reverts.
+        decided_at_samples: samples seen at the last decision.
         loss_sum: sum of the losses reported since the last decision.
         loss_count: their number.
         grad_norm: the last window's gradient norm; 0 if it was skipped.
@@ -57,6 +59,7 @@ class ControllerState:
     max_norm: float = math.inf
     num_windows: int = 0
     num_updates: int = 0
+    gradients_per_step: int = 1
     micro_batches: int = 0
     total_clipped: int = 0
     total_skipped: int = 0
@@ -70,6 +73,7 @@ class ControllerState:
     reverts: int = 0
     blocked_until: float = 0.0
     caution: float = 1.0
+    decided_at_samples: float = 0.0
     loss_sum: float = 0.0
     loss_count: int = 0
     grad_norm: float = 0.0

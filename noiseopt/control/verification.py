@@ -9,7 +9,8 @@ import math
 from dataclasses import dataclass, field, replace
 
 HALF_LIFE = 16  # decisions
-MIN_POINTS = 8.0
+MIN_POINTS = 12.0
+HEADROOM = 0.25  # of the predicted fall: a loss that flattens by this much is not hurt
 SETTLING = 2  # decisions after a change that are not judged
 LENGTH = 10  # judged decisions
 Z_AT_END = 1.645
@@ -75,7 +76,7 @@ class Verification:
     Attributes:
         trend: the fit up to the last change.
         revert_to: the accumulation steps before the change; 0 while nothing is being verified.
-        seen: decisions since the change.
+        seen: decisions since the change, those without a loss included.
         excess: sum of the judged residuals.
         expected: the loss that the trend predicts now.
     """
@@ -106,9 +107,16 @@ class Verification:
         """End the verification; the trend goes on from the points that come now."""
         return replace(self, revert_to=0, seen=0, excess=0.0)
 
-    def observe(self, samples_seen: float, loss: float) -> "Verification":
-        """Take one decision's mean loss: into the trend, or into the judgement."""
+    def observe(self, samples_seen: float, loss: float | None) -> "Verification":
+        """Take one decision's mean loss: into the trend, or into the judgement.
+
+        Args:
+            samples_seen: where that loss was measured, on average.
+            loss: None if it was not reported, or not finite.
+        """
         x = math.log(samples_seen)
+        if loss is None:
+            return replace(self, seen=self.seen + 1) if self.pending else self
         if not self.pending:
             return replace(self, trend=self.trend.update(x, loss))
         expected = self.trend.predict(x)[0]
@@ -133,6 +141,8 @@ class Verification:
         at_end = judged >= LENGTH
         _, of_line, of_point = self.trend.predict(math.log(samples_seen))
         margin = (Z_AT_END if at_end else Z_BEFORE_END) * math.sqrt(of_line + of_point / judged)
-        if self.mean_excess - margin > tolerance * abs(self.expected):
+        # Losses are convex in the log of the samples more often than straight.
+        convex = HEADROOM * max(self.trend.y - self.expected, 0.0)
+        if self.mean_excess - margin > tolerance * abs(self.expected) + convex:
             return "hurt"
         return "fine" if at_end else "open"

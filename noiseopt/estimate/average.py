@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 MIN_COUNT_TO_WINSORISE = 20
+MAX_PULLED_IN_ROW = 3
 MAX_AUTOCORRELATION = 0.95
 
 
@@ -30,6 +31,7 @@ class Average:
         last_trace: the newest value of the first stream.
         last_signal: the same of the second.
         winsorised: how many values were pulled in to the limit.
+        pulled_in_row: how many of them in a row, up to now.
     """
 
     weight: float = 0.0
@@ -44,6 +46,7 @@ class Average:
     last_trace: float = 0.0
     last_signal: float = 0.0
     winsorised: int = 0
+    pulled_in_row: int = 0
 
     def update(self, trace: float, signal: float, decay: float, limit: float) -> "Average":
         """Add one pair.
@@ -53,12 +56,16 @@ class Average:
             signal: the new value of the second.
             decay: the factor on every earlier weight, in (0, 1].
             limit: values further than this many standard deviations from their mean are pulled in
-                to that distance and counted; infinite to switch this off.
+                to that distance and counted, but not more than three in a row: then they are no
+                outliers but a change. Infinite to switch this off.
         """
-        pulled_trace = self._winsorise(trace, self.trace, self.trace_spread, limit)
-        pulled_signal = self._winsorise(signal, self.signal, self.signal_spread, limit)
-        winsorised = self.winsorised + (pulled_trace != trace or pulled_signal != signal)
-        trace, signal = pulled_trace, pulled_signal
+        pulled = (
+            self._winsorise(trace, self.trace, self.trace_spread, limit),
+            self._winsorise(signal, self.signal, self.signal_spread, limit),
+        )
+        outlier = pulled != (trace, signal)
+        if self.pulled_in_row < MAX_PULLED_IN_ROW:
+            trace, signal = pulled
 
         weight = decay * self.weight + 1
         from_trace, from_signal = trace - self.trace, signal - self.signal
@@ -80,7 +87,8 @@ class Average:
             signal_lag=decay * self.signal_lag + lag_signal,
             last_trace=trace,
             last_signal=signal,
-            winsorised=winsorised,
+            winsorised=self.winsorised + (outlier and self.pulled_in_row < MAX_PULLED_IN_ROW),
+            pulled_in_row=self.pulled_in_row + 1 if outlier else 0,
         )
 
     def _winsorise(self, value: float, mean: float, spread: float, limit: float) -> float:

@@ -37,7 +37,10 @@ class GroupNoise:
 
 @dataclass(frozen=True, slots=True)
 class NoiseEstimate:
-    """The gradient noise at one moment of a run. Batches are in `unit`s.
+    """The gradient noise, averaged over the recent past of a run. Batches are in `unit`s.
+
+    Intervals and bounds hold for the average over the estimator's memory. Where the noise changes
+    faster than this memory, the value of the moment may lie outside.
 
     Attributes:
         scale: B_noise = tr(Sigma) / |G|^2; infinite where the signal is not positive.
@@ -52,7 +55,8 @@ class NoiseEstimate:
         trace: tr(Sigma), for one unit.
         signal: |G|^2; may be negative while it is not distinguishable from 0.
         samples_seen: units that have passed when this was estimated.
-        effective_count: how many independent windows the averages are worth.
+        count: how many windows, equally weighted, the averages rest on.
+        effective_count: how many independent ones they are worth.
         winsorised: how many windows were pulled in as outliers.
         unit: what is counted: "samples", or "micro-batches" if their size was not told.
         groups: the same averages for each parameter group.
@@ -70,6 +74,7 @@ class NoiseEstimate:
     trace: float
     signal: float
     samples_seen: float
+    count: float
     effective_count: float
     winsorised: int
     unit: str
@@ -174,6 +179,7 @@ class NoiseEstimator:
             trace=average.trace,
             signal=average.signal,
             samples_seen=self.samples_seen,
+            count=average.count,
             effective_count=average.effective_count,
             winsorised=average.winsorised,
             unit=unit,

@@ -81,7 +81,7 @@ class WindowNorms:
                 f"{len(squared_norms)} norms, {len(samples)} sample counts and {len(weights)} "
                 "weights: give one of each per micro-batch"
             )
-        if min(samples) <= 0 or min(weights) <= 0:
+        if not all(value > 0 for value in (*samples, *weights)):
             raise ValueError(f"samples {samples} and weights {weights} must be positive")
         total = math.fsum(weights)
         w = [weight / total for weight in weights]

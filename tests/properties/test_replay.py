@@ -16,7 +16,7 @@ CONFIG = NoiseConfig(
     accumulation_steps=2,
     samples_per_micro_batch=4,
     decision_interval=2,
-    min_effective_count=3,
+    min_count=3,
     dwell_updates=2,
 )
 COPIES = {

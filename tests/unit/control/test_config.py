@@ -16,13 +16,20 @@ INTEGERS = {
     "dwell_updates": 1,
     "max_reverts": 1,
 }  # with the least allowed value
-AT_LEAST_ONE = ("half_life_windows", "winsorise", "min_effective_count", "max_lr_factor")
+AT_LEAST_ONE = ("half_life_windows", "winsorise", "min_count", "max_lr_factor")
 AT_LEAST_ZERO = ("dwell_fraction", "loss_tolerance")
 POSITIVE = ("samples_per_micro_batch", "noise_margin", "clip_z", "max_norm")
 SHARES = ("half_life_fraction", "confidence", "decay_noise_fraction", "min_beta2")
 FLOATS = (*AT_LEAST_ONE, *AT_LEAST_ZERO, *POSITIVE, *SHARES)
 SWITCHES = (
-    *("grow_when_stable", "grow_in_decay", "adapt_lr", "adapt_beta2", "adapt_weight_decay"),
+    *(
+        "grow_when_stable",
+        "grow_in_decay",
+        "shrink",
+        "adapt_lr",
+        "adapt_beta2",
+        "adapt_weight_decay",
+    ),
     *("verify", "adapt_clip", "skip_nonfinite"),
 )
 WORDS = ("mode", "accumulation")
@@ -36,6 +43,7 @@ OUT_OF_RANGE = [
     *((name, math.nan) for name in FLOATS),
     ("probe_interval", 1),
     ("samples_per_micro_batch", math.inf),
+    ("noise_margin", math.inf),
     ("confidence", 0.05),
     ("mode", "on"),
     ("accumulation", "both"),

@@ -72,7 +72,7 @@ def test_cosine_decay_grows_the_window_by_the_schedule(run_of, seed):
     for decision in run.decisions[1:]:
         allowed = 4 / lr(decision.samples_seen)
         assert decision.accumulation_steps <= max(allowed, 4)
-        if decision.noise.effective_count > 20:
+        if decision.noise.count > 20:
             assert decision.accumulation_steps >= min(math.floor(allowed) - 1, 64) / 2
     assert run.controller.state.accumulation_steps == 64
 

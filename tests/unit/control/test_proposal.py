@@ -29,6 +29,7 @@ def noise(steps=4, lower=1e4, upper=math.inf, count=50.0):
         trace=lower,
         signal=1.0,
         samples_seen=1e5,
+        count=count,
         effective_count=count,
         winsorised=0,
         unit="samples",
