@@ -25,6 +25,12 @@ def squared_norms(groups: Sequence[Sequence[Tensor]], device: torch.device) -> T
     return torch.stack([_squared_norm(grads, device) for grads in groups])
 
 
+def device_of(groups: Sequence[Sequence[Tensor]]) -> torch.device:
+    """Where norms are kept: with the first parameter there is."""
+    devices = (param.device for params in groups for param in params)
+    return next(devices, torch.device("cpu"))
+
+
 def sum_dtype(device: torch.device) -> torch.dtype:
     """The widest float type of a device."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -33,7 +39,7 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 def _squared_norm(grads: Sequence[Tensor], device: torch.device) -> Tensor:
     by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
     for grad in grads:
-        by_device[grad.device].append(_plain(grad))
+        by_device[grad.device].append(grad)
     total = torch.zeros((), dtype=sum_dtype(device), device=device)
     for source, tensors in by_device.items():
         squares = _squares_cpu(tensors) if source.type == "cpu" else _squares_foreach(tensors)
@@ -47,21 +53,23 @@ def _plain(grad: Tensor) -> Tensor:
     return torch.view_as_real(grad) if grad.is_complex() else grad
 
 
-def _squares_cpu(tensors: list[Tensor]) -> Tensor:
+def _squares_cpu(grads: list[Tensor]) -> Tensor:
     # On the CPU a dot product is both twice as fast and much more exact than vector_norm.
-    return torch.stack([_square_cpu(tensor) for tensor in tensors])
+    return torch.stack([_square_cpu(grad) for grad in grads])
 
 
-def _square_cpu(tensor: Tensor) -> Tensor:
-    if tensor.dtype in _EXACT:
-        flat = tensor.reshape(-1)
-        square: Tensor = torch.dot(flat, flat)
-        return square.double()
-    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float32)
-    return norm.double().square()
+def _square_cpu(grad: Tensor) -> Tensor:
+    if grad.layout != torch.strided or grad.dtype not in _EXACT:
+        grad = _plain(grad)
+    if grad.dtype not in _EXACT:
+        norm: Tensor = torch.linalg.vector_norm(grad, dtype=torch.float32)
+        return norm.double().square()
+    flat = grad if grad.dim() == 1 else grad.reshape(-1)
+    return torch.dot(flat, flat)
 
 
-def _squares_foreach(tensors: list[Tensor]) -> Tensor:
+def _squares_foreach(grads: list[Tensor]) -> Tensor:
+    tensors = [_plain(grad) for grad in grads]
     wide = [tensor for tensor in tensors if tensor.dtype == torch.float64]
     narrow = [tensor for tensor in tensors if tensor.dtype != torch.float64]
     norms: list[Tensor] = []
@@ -69,4 +77,4 @@ def _squares_foreach(tensors: list[Tensor]) -> Tensor:
         norms += torch._foreach_norm(narrow, 2, dtype=torch.float32)
     if wide:
         norms += torch._foreach_norm(wide, 2)
-    return torch.stack([norm.to(sum_dtype(norm.device)) for norm in norms]).square()
+    return torch.stack(norms).to(sum_dtype(norms[0].device)).square()

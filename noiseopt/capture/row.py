@@ -53,27 +53,29 @@ class Measured:
         used = self.weights > 0
         weights = self.weights / self.weights.sum()
         small = torch.where(used[:, None], self.small_norms, 0.0).mul(weights[:, None]).sum(0)
-        tail: list[Tensor | float] = [
-            (weights / self.samples).sum(),
-            (weights.square() / self.samples).sum(),
-            used.sum(),
-            (self.samples * used).sum(),
-            len(self),
-            (~used).sum(),
+        ones, counted = torch.ones_like(weights), used.to(weights.dtype)
+        sums = [
+            weights / self.samples,
+            weights.square() / self.samples,
+            counted,
+            self.samples * counted,
+            ones,
+            ones - counted,
+        ]
+        rest: list[Tensor | float] = [
             applied,
             clipped,
             sum(loss.to(small.device, small.dtype, non_blocking=True) for loss in losses),
             len(losses),
         ]
-        return torch.cat(
-            [small, self.big_norms, torch.stack([_like(value, small) for value in tail])]
-        )
+        tail = torch.stack(sums).sum(1), torch.stack([_like(value, small) for value in rest])
+        return torch.cat([small, self.big_norms, *tail])
 
 
 def _like(value: Tensor | float, other: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return value.to(other.dtype)
-    return torch.full((), value, dtype=other.dtype, device=other.device)
+    return other.new_full((), value)
 
 
 def read_rows(rows: Sequence[Tensor]) -> list[Window]:

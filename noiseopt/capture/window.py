@@ -4,6 +4,8 @@ The sum lives in a buffer of its own, in fp32 or wider, so that nothing a traini
 `p.grad` between micro-batches can touch what is already summed. A window of one has no buffer.
 """
 
+import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -18,6 +20,7 @@ _WIDE = {
     torch.complex32: torch.complex64,
 }
 Groups = Sequence[Sequence[Tensor]]
+Pairs = Sequence[tuple[Tensor, Tensor]]
 
 
 class GradientWindow:
@@ -58,28 +61,42 @@ class GradientWindow:
             None while the window stays open. At its end `p.grad` holds the weighted sum, and what
             is left to do is to multiply it by the returned `scale`.
         """
-        params = [p for group in groups for p in group if p.grad is not None]
-        norms = squared_norms(_grads(groups), self._device)
-        finite = self._judge(norms, params, closes)
+        grads = _grads(groups)
+        norms = squared_norms(grads, self._device)
+        finite = self._judge(norms, grads, closes)
         self._norms.append(norms)
         self._samples.append(samples)
         self._finite.append(finite)
         if not closes:
             if finite is not False:
-                self._add(params)
+                self._add(_pairs(groups))
             return None
         if len(self) == 1:
-            return self._measured(norms, None)
+            return Measured(norms[None], norms, *self._weights(), None)
         if finite is False:
-            self._restore(groups)
-        else:
-            self._merge(params)
+            return self.flush(groups)
+        if _is_narrow(groups):
+            self._add(_pairs(groups))
+            return self.flush(groups)
+        self._merge(_pairs(groups))
         return self._measured_sum(groups)
 
     def flush(self, groups: Groups) -> Measured:
         """End the window with what was taken so far, leaving its sum in `p.grad`."""
+        if not _is_narrow(groups):
+            self._restore(groups)
+            return self._measured_sum(groups)
+        # A narrow type may not hold the sum: it is made the mean while it is wide, and rounded once.
+        samples, weights = self._weights()
+        total = weights.sum()
+        scale_all([self._sums[param] for param in self._summed], 1 / total)
         self._restore(groups)
-        return self._measured_sum(groups)
+        big = squared_norms(_grads(groups), self._device) + 0 / total  # nan where nothing was left
+        return Measured(torch.stack(self._norms), big, samples, weights, None)
+
+    def add_group(self) -> None:
+        """Count one more parameter group as without gradient in the window so far."""
+        self._norms = [torch.cat([norms, norms.new_zeros(1)]) for norms in self._norms]
 
     def clear(self, keep_memory: bool) -> None:
         """Start the next window."""
@@ -88,7 +105,7 @@ class GradientWindow:
         if not keep_memory:
             self._sums.clear()
 
-    def _judge(self, norms: Tensor, params: Sequence[Tensor], closes: bool) -> Tensor | bool:
+    def _judge(self, norms: Tensor, grads: Groups, closes: bool) -> Tensor | bool:
         """Whether the micro-batch is finite: a bool on the CPU, elsewhere known to the device only.
 
         There what is not finite is zeroed instead, so that it adds nothing to the sum; alone in
@@ -96,61 +113,70 @@ class GradientWindow:
         """
         if not self._skip_nonfinite:
             return True
-        finite = norms.sum().isfinite()
         if self._device.type == "cpu":
-            return bool(finite)
+            return math.isfinite(norms.sum().item())
+        finite = norms.sum().isfinite()
         if len(self) > 0 or not closes:
-            for param in params:
-                _grad(param).masked_fill_(~finite.to(param.device), 0)
+            lost = ~finite
+            for grad in (grad for group in grads for grad in group):
+                grad.masked_fill_(lost.to(grad.device), 0)
         return finite
 
-    def _add(self, params: Sequence[Tensor]) -> None:
+    def _add(self, pairs: Pairs) -> None:
         """Add the newest micro-batch's gradients to the sum, by their weight."""
         weight = self._newest_weight
-        known: list[Tensor] = []
-        for param in params:
-            if param in self._summed and _is_dense(param):
-                known.append(param)
+        first: list[tuple[Tensor, Tensor]] = []
+        sums: list[Tensor] = []
+        grads: list[Tensor] = []
+        for param, grad in pairs:
+            if param not in self._summed:
+                first.append((param, grad))
+            elif grad.layout == torch.strided:
+                sums.append(self._sums[param])
+                grads.append(grad)
             else:
-                self._add_one(param, weight)
-        if known:
-            sums = [self._sums[param] for param in known]
-            torch._foreach_add_(sums, [_grad(param) for param in known], alpha=weight)
+                self._sums[param] = self._sums[param] + weight * grad
+        if sums:
+            torch._foreach_add_(sums, grads, alpha=weight)
+        if first:
+            self._start(first, weight)
 
-    def _add_one(self, param: Tensor, weight: float) -> None:
-        grad = _grad(param)
-        if param in self._summed:
-            self._sums[param] = self._sums[param] + weight * grad
-            return
-        buffer = self._sums.get(param)
-        if buffer is None or not _is_dense(param):
-            buffer = grad.detach().to(_WIDE.get(grad.dtype, grad.dtype), copy=True)
-            self._sums[param] = buffer
-        else:
-            buffer.copy_(grad)
+    def _start(self, pairs: Pairs, weight: float) -> None:
+        """Begin the sums of parameters that have none yet in this window."""
+        sums: list[Tensor] = []
+        grads: list[Tensor] = []
+        for param, grad in pairs:
+            if param in self._sums and grad.layout == torch.strided:
+                sums.append(self._sums[param])
+                grads.append(grad)
+            else:
+                wide = _WIDE.get(grad.dtype, grad.dtype)
+                self._sums[param] = grad.detach().to(wide, copy=True)
+        if sums:
+            torch._foreach_copy_(sums, grads)
         if weight != 1:
-            buffer.mul_(weight)
-        self._summed.add(param)
+            torch._foreach_mul_([self._sums[param] for param, _ in pairs], weight)
+        self._summed.update(param for param, _ in pairs)
 
-    def _merge(self, params: Sequence[Tensor]) -> None:
+    def _merge(self, pairs: Pairs) -> None:
         """Leave the sum in `p.grad`, to which the newest micro-batch is added here."""
         weight = self._newest_weight
         if weight != 1:
-            torch._foreach_mul_([_grad(param) for param in params], weight)
-        direct: list[Tensor] = []
-        for param in params:
+            torch._foreach_mul_([grad for _, grad in pairs], weight)
+        sums: list[Tensor] = []
+        grads: list[Tensor] = []
+        for param, grad in pairs:
             if param not in self._summed:
                 continue
-            if not _is_dense(param):
-                param.grad = (self._sums[param] + _grad(param)).to(param.dtype)
-            elif _grad(param).dtype == self._sums[param].dtype:
-                direct.append(param)
+            total = self._sums[param]
+            if grad.layout == torch.strided:
+                sums.append(total)
+                grads.append(grad)
             else:
-                _grad(param).copy_(self._sums[param].add_(_grad(param)))
-        if direct:
-            sums = [self._sums[param] for param in direct]
-            torch._foreach_add_([_grad(param) for param in direct], sums)
-        self._hand_over(self._summed.difference(params))
+                param.grad = total + grad
+        if grads:
+            torch._foreach_add_(grads, sums)
+        self._hand_over(self._summed.difference(param for param, _ in pairs))
 
     def _restore(self, groups: Groups) -> None:
         """Leave the sum in `p.grad` in place of whatever is there."""
@@ -158,7 +184,7 @@ class GradientWindow:
         for param in (param for group in groups for param in group):
             if param not in left:
                 param.grad = None
-            elif param.grad is not None and _is_dense(param):
+            elif param.grad is not None and param.grad.layout == torch.strided:
                 param.grad.copy_(self._sums[param])
                 left.discard(param)
         self._hand_over(left)
@@ -173,34 +199,56 @@ class GradientWindow:
         return self._samples[-1] / self._samples[0]
 
     def _measured_sum(self, groups: Groups) -> Measured:
-        total = self._weights()[1].sum()
-        big = squared_norms(_grads(groups), self._device) / total.square()
-        return self._measured(big, 1 / total)
-
-    def _measured(self, big: Tensor, scale: Tensor | None) -> Measured:
         samples, weights = self._weights()
-        return Measured(torch.stack(self._norms), big, samples, weights, scale)
+        total = weights.sum()
+        big = squared_norms(_grads(groups), self._device) / total.square()
+        return Measured(torch.stack(self._norms), big, samples, weights, 1 / total)
 
     def _weights(self) -> tuple[Tensor, Tensor]:
         """n_i, and n_i / n_1 with 0 for what was left out; made on the device, without a copy."""
-        like = self._norms[0]
-        samples = torch.stack([like.new_full((), value) for value in self._samples])
+        like, first = self._norms[0], self._samples[0]
+        if self._samples.count(first) == len(self):
+            samples = like.new_full((len(self),), first)
+        else:
+            samples = torch.stack([like.new_full((), value) for value in self._samples])
+        weights = samples / samples[0]
+        if all(flag is True for flag in self._finite):
+            return samples, weights
         finite = [
             flag if isinstance(flag, Tensor) else like.new_full((), flag, dtype=torch.bool)
             for flag in self._finite
         ]
-        return samples, samples / samples[0] * torch.stack(finite)
+        return samples, weights * torch.stack(finite)
+
+
+def scale_all(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply tensors in place, dense or sparse, on any devices.
+
+    Args:
+        tensors: what to scale.
+        factor: 0-d. Elsewhere than on the CPU nothing waits for it, unless a tensor is sparse.
+    """
+    by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        if tensor.layout == torch.strided:
+            by_device[tensor.device].append(tensor)
+        else:
+            tensor.mul_(float(factor))
+    for device, dense in by_device.items():
+        if device.type == "cpu":
+            torch._foreach_mul_(dense, float(factor))
+        else:
+            torch._foreach_mul_(dense, factor.to(device, torch.float32, non_blocking=True))
+
+
+def _is_narrow(groups: Groups) -> bool:
+    return any(param.dtype in _WIDE for group in groups for param in group)
+
+
+def _pairs(groups: Groups) -> list[tuple[Tensor, Tensor]]:
+    """The parameters that have a gradient, each with it."""
+    return [(p, grad) for group in groups for p in group if (grad := p.grad) is not None]
 
 
 def _grads(groups: Groups) -> list[list[Tensor]]:
-    return [[_grad(p) for p in group if p.grad is not None] for group in groups]
-
-
-def _grad(param: Tensor) -> Tensor:
-    if param.grad is None:
-        raise RuntimeError("a parameter's gradient vanished inside step()")
-    return param.grad
-
-
-def _is_dense(param: Tensor) -> bool:
-    return _grad(param).layout == torch.strided
+    return [[grad for p in group if (grad := p.grad) is not None] for group in groups]
