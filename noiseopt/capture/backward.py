@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-from noiseopt.capture.norms import squared_norms, sum_dtype
+from noiseopt.capture.norms import device_of, squared_norms, sum_dtype
 from noiseopt.capture.row import Measured
 
 
@@ -31,7 +31,7 @@ class BackwardCapture:
     def __init__(self, groups: Sequence[Sequence[Tensor]], window_steps: Callable[[], int]) -> None:
         self._window_steps = window_steps
         self._num_groups = len(groups)
-        self._device = groups[0][0].device
+        self._device = device_of(groups)
         self._handles: list[Any] = []
         self._passing: dict[Tensor, Tensor] = {}
         self._current: list[list[Tensor]] = []
@@ -45,6 +45,7 @@ class BackwardCapture:
         """Watch one more group."""
         self._attach_all(params, self._num_groups)
         self._num_groups += 1
+        self._small = [torch.cat([norms, norms.new_zeros(1)]) for norms in self._small]
 
     def _attach_all(self, params: Sequence[Tensor], group: int) -> None:
         for param in params:

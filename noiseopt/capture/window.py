@@ -86,7 +86,7 @@ class GradientWindow:
         if not _is_narrow(groups):
             self._restore(groups)
             return self._measured_sum(groups)
-        # A narrow type may not hold the sum: it is made the mean while it is wide, and rounded once.
+        # A narrow type may not hold the sum: made the mean while it is wide, it is rounded once.
         samples, weights = self._weights()
         total = weights.sum()
         scale_all([self._sums[param] for param in self._summed], 1 / total)
@@ -228,17 +228,17 @@ def scale_all(tensors: Sequence[Tensor], factor: Tensor) -> None:
         tensors: what to scale.
         factor: 0-d. Elsewhere than on the CPU nothing waits for it, unless a tensor is sparse.
     """
-    by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for tensor in tensors:
         if tensor.layout == torch.strided:
-            by_device[tensor.device].append(tensor)
+            by_kind[tensor.device, torch.promote_types(tensor.dtype, torch.float32)].append(tensor)
         else:
             tensor.mul_(float(factor))
-    for device, dense in by_device.items():
+    for (device, dtype), dense in by_kind.items():
         if device.type == "cpu":
             torch._foreach_mul_(dense, float(factor))
         else:
-            torch._foreach_mul_(dense, factor.to(device, torch.float32, non_blocking=True))
+            torch._foreach_mul_(dense, factor.to(device, dtype, non_blocking=True))
 
 
 def _is_narrow(groups: Groups) -> bool:

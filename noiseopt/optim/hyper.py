@@ -5,7 +5,6 @@ the closed-form ones. Scaled inside the step and taken back, it is exact for all
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -35,26 +34,6 @@ def overridden(groups: Sequence[Group], values: Sequence[Group]) -> Iterator[Non
     finally:
         for group, old in zip(groups, saved, strict=True):
             group.update(old)
-
-
-def scale_gradients(groups: Sequence[Sequence[Tensor]], factor: Tensor) -> None:
-    """Multiply every gradient in place.
-
-    Args:
-        groups: the parameters of each group.
-        factor: 0-d. Elsewhere than on the CPU nothing waits for it.
-    """
-    by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
-    for grad in (p.grad for group in groups for p in group if p.grad is not None):
-        if grad.layout == torch.strided:
-            by_device[grad.device].append(grad)
-        else:
-            grad.mul_(float(factor))
-    for device, grads in by_device.items():
-        if device.type == "cpu":
-            torch._foreach_mul_(grads, float(factor))
-        else:
-            torch._foreach_mul_(grads, factor.to(device, torch.float32, non_blocking=True))
 
 
 def has_second_moment(optimizer_class: type[Optimizer]) -> bool:

@@ -18,11 +18,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from noiseopt.adaptation import Adaptation
-from noiseopt.capture import BackwardCapture, GradientWindow, Measured, squared_norms
+from noiseopt.capture import (
+    BackwardCapture,
+    GradientWindow,
+    Measured,
+    device_of,
+    scale_all,
+    squared_norms,
+)
 from noiseopt.control import NoiseConfig
 from noiseopt.distributed import world_size
 from noiseopt.optim.checks import check_group, check_step, prefer_fused
-from noiseopt.optim.hyper import decouples_weight_decay, overridden, scale_gradients, scaled_values
+from noiseopt.optim.hyper import decouples_weight_decay, overridden, scaled_values
 from noiseopt.optim.saving import SavesNoise
 
 logger = logging.getLogger("noiseopt")
@@ -80,7 +87,7 @@ class NoiseAware(SavesNoise):
         # them, since the loss scale may change inside it. GradScaler then does it before step().
         self._step_supports_amp_scaling = False
         self._decoupled = decouples_weight_decay(type(self))
-        self._device = self.param_groups[0]["params"][0].device
+        self._device = device_of(self._all_params())
         self._adaptation = Adaptation(
             self.config, self.rate_rule, len(self.param_groups), self._process_group
         )
@@ -227,18 +234,19 @@ class NoiseAware(SavesNoise):
         if factor is not None and factor.device.type == "cpu" and factor == 1:
             factor = None
         with overridden(self.param_groups, values):
-            if self._all_fused and (factor is not None or isinstance(found_inf, Tensor)):
+            if factor is not None and not self._scales_in_kernel:
+                scale_all(self._all_grads(), factor)
+                factor = None
+            if factor is not None or isinstance(found_inf, Tensor):
                 self._torch_step_scaled(factor, found_inf)
             else:
-                if factor is not None:
-                    scale_gradients(self._all_params(), factor)
                 self._torch_step()
 
     def _torch_step_scaled(self, factor: Tensor | None, found_inf: Tensor | bool) -> None:
         """Have the fused kernel divide by `grad_scale` and skip by `found_inf` as it goes."""
-        kind = {"dtype": torch.float32, "device": self._device}
-        scale = torch.ones((), **kind) if factor is None else factor.reciprocal().float()
-        skip = found_inf.float() if isinstance(found_inf, Tensor) else torch.zeros((), **kind)
+        one = torch.ones((), dtype=torch.float32, device=self._device)
+        scale = one if factor is None else factor.reciprocal().float()
+        skip = found_inf.float() if isinstance(found_inf, Tensor) else torch.zeros_like(one)
         self.grad_scale: Tensor | None = scale
         self.found_inf: Tensor | None = skip
         try:
@@ -257,8 +265,7 @@ class NoiseAware(SavesNoise):
     def _norm_to_apply(self, measured: Measured) -> Tensor:
         if self._capture is None:
             return measured.big_norms.sum().sqrt()
-        grads = [p.grad for group in self._all_params() for p in group if p.grad is not None]
-        return squared_norms([grads], self._device)[0].sqrt()
+        return squared_norms([self._all_grads()], self._device)[0].sqrt()
 
     def _only_builds_state(self, params: list[Tensor]) -> bool:
         """Whether this is the zero step by which checkpointing makes an optimizer build its state.
@@ -273,9 +280,18 @@ class NoiseAware(SavesNoise):
     def _user_lr(self) -> float:
         return max(float(group["lr"]) for group in self.param_groups)
 
+    def _all_grads(self) -> list[Tensor]:
+        return [p.grad for group in self._all_params() for p in group if p.grad is not None]
+
     @property
     def _all_fused(self) -> bool:
         return all(group.get("fused") for group in self.param_groups)
+
+    @property
+    def _scales_in_kernel(self) -> bool:
+        """Whether the fused kernels may scale the gradient: they take the scale in fp32 only."""
+        exact = any(grad.dtype == torch.float64 for grad in self._all_grads())
+        return self._all_fused and not exact
 
     def _log_start(self, adaptation: Adaptation) -> None:
         self._logged = True

@@ -40,6 +40,7 @@ class SavesNoise(NoiseReadings, Optimizer):
             self.param_groups.append(group)
             self._adaptation.add_group()
             self._start_numbers(group)
+            self._window.add_group()
             if self._capture is not None:
                 self._capture.add_group(group["params"])
 
