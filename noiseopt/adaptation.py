@@ -158,9 +158,13 @@ class Adaptation:
         if world_size(self.process_group) > 1:
             row = agree(row, self.process_group)
         self._rows.append(row)
-        if self._num_windows % self.config.decision_interval == 0:
+        due = self._num_windows % self.config.decision_interval == 0
+        if due:
             self._decide(lr())
         self._open_window()
+        if due:
+            for observer in self.observers:
+                observer(self.decisions[-1])
 
     @property
     def _num_windows(self) -> int:
@@ -171,8 +175,6 @@ class Adaptation:
         self._controller, decision = self._controller.decide(lr, tuple(self._windows))
         self._windows = []
         self.decisions.append(decision)
-        for observer in self.observers:
-            observer(decision)
 
     def _learn(self) -> None:
         """Take in every queued row. This waits for the device."""

@@ -62,7 +62,7 @@ def scaled_values(
         noise: its numbers, if it has a second moment; they take in this update.
         rates: the factors to apply.
         least_beta2: the least beta2 that scaling may lead to.
-        decoupled: whether weight decay is decoupled from the gradient, as in AdamW.
+        decoupled: whether weight decay is decoupled from the gradient where the group does not say.
     """
     values: Group = {}
     step = rates.lr
@@ -74,7 +74,7 @@ def scaled_values(
     if step != 1:
         values["lr"] = group["lr"] * step
     decay = rates.weight_decay * rates.lr / step
-    if decoupled and decay != 1:
+    if group.get("decoupled_weight_decay", decoupled) and decay != 1:
         values["weight_decay"] = group["weight_decay"] * decay
     return values
 

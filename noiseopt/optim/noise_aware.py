@@ -198,10 +198,14 @@ class NoiseAware(SavesNoise):
     def _finish(self, measured: Measured) -> None:
         """Apply what `p.grad` holds, and close the window."""
         assert self._adaptation is not None
-        applied, clipped = self._apply(measured)
-        self._applied = applied
-        self._adaptation.close_window(measured, applied, clipped, self._user_lr)
-        self._window.clear(keep_memory=self._adaptation.steps > 1)
+        self._applied = False
+        try:
+            self._applied, clipped = self._apply(measured)
+        finally:
+            self._window.clear(keep_memory=True)
+        self._adaptation.close_window(measured, self._applied, clipped, self._user_lr)
+        if self._adaptation.steps == 1:
+            self._window.clear(keep_memory=False)
 
     def _apply(self, measured: Measured) -> tuple[Tensor | bool, Tensor | bool]:
         """Clip, average and update in torch's kernel; return what of it was done."""
@@ -227,13 +231,15 @@ class NoiseAware(SavesNoise):
     def _update(self, steps: int, factor: Tensor | None, found_inf: Tensor | bool) -> None:
         assert self._adaptation is not None
         rates = self._adaptation.rates(steps)
+        groups = self.param_groups
+        numbers = [dict(group["noise"]) for group in groups]
         values = [
-            scaled_values(group, group["noise"], rates, self.config.min_beta2, self._decoupled)
-            for group in self.param_groups
+            scaled_values(group, noise, rates, self.config.min_beta2, self._decoupled)
+            for group, noise in zip(groups, numbers, strict=True)
         ]
         if factor is not None and factor.device.type == "cpu" and factor == 1:
             factor = None
-        with overridden(self.param_groups, values):
+        with overridden(groups, values):
             if factor is not None and not self._scales_in_kernel:
                 scale_all(self._all_grads(), factor)
                 factor = None
@@ -241,6 +247,8 @@ class NoiseAware(SavesNoise):
                 self._torch_step_scaled(factor, found_inf)
             else:
                 self._torch_step()
+        for group, noise in zip(groups, numbers, strict=True):
+            group["noise"] = noise
 
     def _torch_step_scaled(self, factor: Tensor | None, found_inf: Tensor | bool) -> None:
         """Have the fused kernel divide by `grad_scale` and skip by `found_inf` as it goes."""

@@ -78,7 +78,7 @@ class SavesNoise(NoiseReadings, Optimizer):
             )
         numbers = self._adaptation.to_numbers(dropped)
         for group in self.param_groups:
-            group["noise"].update(numbers)
+            group["noise"] = group["noise"] | numbers
 
     def _restore(self) -> None:
         """Go on from the numbers in the groups, or start where there are none."""

@@ -91,7 +91,7 @@ def growing(**settings):
     return NoiseConfig(
         **{
             "decision_interval": 5,
-            "min_effective_count": 2.0,
+            "min_count": 2.0,
             "dwell_updates": 5,
             "dwell_fraction": 0.0,
             "noise_margin": 1e6,
