@@ -58,12 +58,19 @@ class Controller:
         return 2 if (num_windows + 1) % interval == 0 else 1
 
     def rates(self, steps: int) -> Rates:
-        """The factors on the hyper-parameters for a window of so many steps."""
-        kappa = steps / self.state.reference_steps
+        """The factors on the hyper-parameters for a window of so many steps.
+
+        What the window grew by while the user's schedule lowers the learning rate takes the rule's
+        limit of pure noise, as Seesaw does; the rest takes the noise as it was measured.
+        """
+        config, state = self.config, self.state
+        kappa = steps / state.reference_steps
         if kappa == 1:
             return Rates()
-        config = self.config
-        lr = self.rule(kappa, self.state.noise_ratio) if config.adapt_lr else 1.0
+        in_decay = steps / state.stable_steps if state.phase == "decay" else 1.0
+        lr = 1.0
+        if config.adapt_lr:
+            lr = self.rule(kappa / in_decay, state.noise_ratio) * self.rule(in_decay, math.inf)
         lr = min(max(lr, 1 / config.max_lr_factor), config.max_lr_factor)
         return Rates(
             lr=lr,

@@ -148,6 +148,34 @@ def test_without_verification_nothing_is_reverted(run_of):
     assert set(run.actions) == {"grow"}
 
 
+def test_a_reverted_shrink_does_not_make_growth_more_cautious(run_of):
+    """The window that was too small is taken back; the noise scale was not at fault."""
+    settings = {"accumulation_steps": 16, "probe_interval": 0, "decision_interval": 2}
+
+    def loss(seen, steps, rng):
+        return (1.05 if steps < 16 else 1.0) * 3 + 0.01 * rng.standard_normal()
+
+    run = run_of(controller(**settings), lambda seen: 8.0, loss=loss)
+    while len(run.actions) < 2:
+        run.step()
+    assert run.actions == ["shrink", "revert"]
+    assert (run.controller.state.reverts, run.controller.state.caution) == (1, 1.0)
+
+
+def test_shrinking_has_its_switch(run_of):
+    settings = {"accumulation_steps": 16, "probe_interval": 0, "shrink": False}
+    assert run_of(controller(**settings), lambda seen: 8.0).until(3e4).changes == []
+
+
+def test_where_each_micro_batch_brings_several_gradients_nothing_is_probed():
+    """Two gradients from two ranks in a window of one show its noise already."""
+    alone = controller()
+    norms = WindowNorms((3.0,), (2.0,), 8.0, 16.0, 2, 16.0)
+    together = alone.learn(Window(norms, micro_batches=1))
+    assert 2 in {alone.window_steps(index) for index in range(20)}
+    assert {together.window_steps(index) for index in range(20)} == {1}
+
+
 @pytest.mark.parametrize("interval", [2, 16])
 def test_every_so_many_updates_a_window_of_one_is_a_probe(interval):
     probing = controller(probe_interval=interval)

@@ -15,7 +15,11 @@ from noiseopt.control.verification import (
 )
 
 TOLERANCE = 0.005
-SHAPES = {"flat": lambda samples: 3.0, "falling": lambda samples: 8 - 0.4 * math.log(samples)}
+SHAPES = {
+    "flat": lambda samples: 3.0,
+    "falling": lambda samples: 8 - 0.4 * math.log(samples),
+    "convex": lambda samples: 2 + 6 * (samples / 1000) ** -0.3,
+}
 
 
 @pytest.fixture
@@ -71,19 +75,19 @@ def verdict_after(rng, shape, worse=1.0, history=100, deviation=0.03):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_a_harmless_change_is_rarely_reverted(shape):
-    """At most 5 % of 300 changes; 1.0 % measured over 3000 with noise of 1 % of the loss."""
+    """At most 5 % of 300 changes, with noise of about 1 % of the loss."""
     rng = np.random.default_rng(2)
     verdicts = [verdict_after(rng, shape)[0] for _ in range(300)]
     assert verdicts.count("hurt") <= 0.05 * 300
     assert verdicts.count("open") == 0
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_a_loss_three_percent_worse_is_detected(shape):
-    """In 95 % of 100 changes or more, with noise of 1 % of the loss."""
+@pytest.mark.parametrize(("shape", "least"), [("flat", 95), ("falling", 95), ("convex", 50)])
+def test_a_loss_three_percent_worse_is_detected(shape, least):
+    """Of 100 changes, with noise of 1 % of the loss; where it is convex the headroom costs some."""
     rng = np.random.default_rng(3)
-    verdicts = [verdict_after(rng, shape, worse=1.03)[0] for _ in range(100)]
-    assert verdicts.count("hurt") >= 95
+    verdicts = [verdict_after(rng, SHAPES[shape], worse=1.03)[0] for _ in range(100)]
+    assert verdicts.count("hurt") >= least
 
 
 def test_a_disaster_is_detected_before_the_end():
@@ -125,3 +129,22 @@ def test_the_trend_stands_still_while_a_change_is_verified():
     finished = pending.observe(200.0, 9.0).finish()
     assert not finished.pending
     assert finished.trend == verification.trend
+
+
+def test_a_young_convex_loss_is_not_taken_for_harm():
+    """A power law after 40 decisions of history still falls by a quarter less than its line."""
+    rng = np.random.default_rng(7)
+    verdicts = [verdict_after(rng, SHAPES["convex"], history=40)[0] for _ in range(200)]
+    assert verdicts.count("hurt") <= 0.05 * 200
+
+
+def test_decisions_without_a_loss_do_not_speak_for_a_change():
+    """They let the verification end, and never end it as hurt."""
+    verification = Verification()
+    for index in range(30):
+        verification = verification.observe(1000.0 + index, 3.0 + 0.01 * (index % 2))
+    verification = verification.start(4)
+    for index in range(SETTLING + LENGTH):
+        assert verification.verdict(1030.0 + index, TOLERANCE) == "open"
+        verification = verification.observe(1030.0 + index, None)
+    assert verification.verdict(1042.0, TOLERANCE) == "fine"
