@@ -20,9 +20,9 @@ class Shape:
         context: positions it sees at most.
     """
 
-    layers: int = 4
-    width: int = 128
-    heads: int = 4
+    layers: int = 3
+    width: int = 96
+    heads: int = 3
     context: int = 128
 
 

@@ -25,7 +25,7 @@ class Bars:
         self._console = Console(stderr=True, highlight=False)
         self._progress = Progress(
             TextColumn("{task.description:16}"),
-            BarColumn(bar_width=16),
+            BarColumn(bar_width=10),
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[state]}"),

@@ -2,7 +2,8 @@
 
 import math
 import platform
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ class Demo:
         write_settings(self.folder, self.settings)
         interrupted = False
         try:
-            self._train_all(load())
+            with one_thread():
+                self._train_all(load())
         except KeyboardInterrupt:
             interrupted = True
         self._finish(interrupted)
@@ -135,6 +137,21 @@ class Demo:
             print(f"  {path}")
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: the same results on any number of cores.
+
+    A model of this size gains little from more, and where other programs are running, threads that
+    wait for each other lose far more than that.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _show_arms(title: str, sums: dict[str, dict[str, Any]]) -> None:
     arms = sums.values()
     rows = [
@@ -157,6 +174,10 @@ def _loss(value: float | None) -> str:
 
 def _show_decisions(record: Record) -> None:
     changes = [decision for decision in record.decisions if decision.action != "hold"]
-    print(f"{len(record.decisions)} decisions, {len(changes)} changes; the last of these:")
+    print(f"{len(record.decisions)} decisions, {len(changes)} of them changes:")
+    if len(changes) > LAST_CHANGES:
+        print(f"  ... {len(changes) - LAST_CHANGES} earlier ...")
     for decision in changes[-LAST_CHANGES:]:
         print(f"  {report.change(decision)}")
+    if record.decisions and record.decisions[-1].action == "hold":
+        print(f"  {report.change(record.decisions[-1])}")

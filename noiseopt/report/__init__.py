@@ -32,7 +32,12 @@ def read_run(folder: Path) -> Record:
 def draw(folder: Path, record: Record | None) -> Path:
     """Draw the picture of a run from what its folder holds; returns its path."""
     decisions = record.decisions if record else ()
-    plot(folder / PICTURE, decisions, read_losses(folder / LOSSES), title=folder.resolve().name)
+    plot(
+        folder / PICTURE,
+        decisions,
+        read_losses(folder / LOSSES),
+        title=f"Run {folder.resolve().name}",
+    )
     return folder / PICTURE
 
 

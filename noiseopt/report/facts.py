@@ -23,11 +23,11 @@ def facts(record: Record) -> list[tuple[str, str]]:
         ("updates", f"{last.num_updates}"),
         (unit, f"{last.samples_seen:.10g}"),
         *_noise(noise, config),
-        ("window", f"{last.accumulation_steps} micro-batches, a batch of {last.batch:.4g} {unit}"),
-        ("learning rate", f"{last.lr:.3g} x {last.rates.lr:.3g}"),
+        ("window", f"{_count(last.accumulation_steps)}, a batch of {last.batch:.4g} {unit}"),
+        ("learning rate", f"{last.lr:.3g} by the schedule, times {last.rates.lr:.3g}"),
         *_changes(decisions),
         ("clipped", f"{last.total_clipped} of {last.num_updates} updates"),
-        ("skipped", f"{last.total_skipped} micro-batches that were not finite"),
+        ("skipped", f"{_count(last.total_skipped)} not finite"),
     ]
     if record.cut:
         found.append(("record", "its last line is cut short, as when a run is killed; left out"))
@@ -41,10 +41,10 @@ def verdict(last: Decision, config: NoiseConfig) -> str:
         return f"undecided: {last.reason}"
     low, high = noise.fraction_interval
     at = f"at a batch of {noise.batch:.4g} {noise.unit}"
-    worth = f"{noise.effective_count:.0f} independent windows"
-    sure = f"({_level(config)} confidence, {worth})"
+    sure = f"({_level(config)} confidence, {noise.effective_count:.0f} independent windows)"
     if noise.count < config.min_count:
-        return f"undecided {at}: {worth} are too few; acting takes {config.min_count:g}"
+        rests = f"{noise.count:.1f} windows"
+        return f"undecided {at}: it rests on {rests}, to act takes {config.min_count:g}"
     if low > 0.5:
         text = f"noise dominates {at}: it is at least {percent(low)} of the squared gradient {sure}"
         lost = "; the signal cannot be told from 0, so the noise scale has no upper bound"
@@ -85,6 +85,10 @@ def _level(config: NoiseConfig) -> str:
     return f"{100 * config.confidence:g}%"
 
 
+def _count(micro_batches: int) -> str:
+    return f"{micro_batches} micro-batch{'' if micro_batches == 1 else 'es'}"
+
+
 def _noise(noise: NoiseEstimate | None, config: NoiseConfig) -> list[tuple[str, str]]:
     if noise is None:
         return [("noise scale", "unknown"), ("noise fraction", "unknown")]
@@ -110,8 +114,9 @@ def _changes(decisions: Sequence[Decision]) -> list[tuple[str, str]]:
 
 def change(decision: Decision) -> str:
     """Write a decision on one line."""
+    deed = "hold at" if decision.action == "hold" else f"{decision.action} to"
     advice = "" if decision.applied else " (advice, not applied)"
     return (
-        f"update {decision.num_updates}: {decision.action} to {decision.accumulation_steps}"
-        f"{advice}: {decision.reason}"
+        f"update {decision.num_updates}: {deed} {decision.accumulation_steps}{advice}: "
+        f"{decision.reason}"
     )

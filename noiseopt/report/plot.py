@@ -112,6 +112,7 @@ def _noise(axis: "Axes", decisions: Sequence[Decision]) -> None:
     axis.fill_between(samples, low, high, color=OURS, alpha=0.2, lw=0, label="interval")
     axis.plot(samples, scale, color=OURS, label="noise scale")
     axis.plot(samples, [batch for _, _, batch in known], color="black", ls="--", label="batch")
+    axis.set_ylabel(f"noise scale ({known[0][1].unit})")
     _log(axis)
     axis.set_ylim(bottom, top)
 

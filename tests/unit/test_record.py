@@ -49,7 +49,7 @@ def run(config, rule="adam", num_groups=1, updates=600, seed=0):
             windows = []
 
 
-CONFIG = NoiseConfig(samples_per_micro_batch=4, dwell_updates=20)
+CONFIG = NoiseConfig(samples_per_micro_batch=4, dwell_updates=20, min_count=5)
 
 
 def write(path, config=CONFIG, rule="adam", num_groups=1, **arguments):

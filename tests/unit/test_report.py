@@ -73,7 +73,7 @@ def test_the_verdict_is_no_stronger_than_the_interval(low, high, begins, contain
 def test_few_windows_decide_nothing():
     text = report.verdict(with_interval(90.0, 100.0, count=19.0), CONFIG)
     assert text.startswith("undecided")
-    assert "too few" in text
+    assert "it rests on 19.0 windows, to act takes 20" in text
 
 
 def test_an_unknown_noise_decides_nothing():
