@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 _EXACT = (torch.float32, torch.float64)
+_PIECE = 2**17
 
 
 def squared_norms(groups: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
@@ -59,12 +60,20 @@ def _squares_cpu(grads: list[Tensor]) -> Tensor:
 
 
 def _square_cpu(grad: Tensor) -> Tensor:
-    if grad.layout != torch.strided or grad.dtype not in _EXACT:
+    if grad.layout != torch.strided or grad.is_complex():
         grad = _plain(grad)
-    if grad.dtype not in _EXACT:
-        norm: Tensor = torch.linalg.vector_norm(grad, dtype=torch.float32)
-        return norm.double().square()
     flat = grad if grad.dim() == 1 else grad.reshape(-1)
+    if flat.numel() <= _PIECE:
+        return _dot(flat)
+    # One fp32 sum of millions of squares is off by 1e-4; pieces also stay in the cache.
+    return torch.stack([_dot(piece) for piece in torch.split(flat, _PIECE)]).sum(
+        dtype=torch.float64
+    )
+
+
+def _dot(flat: Tensor) -> Tensor:
+    if flat.dtype not in _EXACT:
+        flat = flat.float()
     return torch.dot(flat, flat)
 
 

@@ -50,7 +50,7 @@ class Measured:
             clipped: whether its gradient was clipped, 0-d.
             losses: the losses reported in it, each 0-d.
         """
-        used = self.weights > 0
+        used = (self.weights > 0) & applied  # without an update nothing was used
         weights = self.weights / self.weights.sum()
         small = torch.where(used[:, None], self.small_norms, 0.0).mul(weights[:, None]).sum(0)
         ones, counted = torch.ones_like(weights), used.to(weights.dtype)
