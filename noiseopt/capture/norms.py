@@ -60,7 +60,7 @@ def _squares_cpu(grads: list[Tensor]) -> Tensor:
 
 
 def _square_cpu(grad: Tensor) -> Tensor:
-    if grad.layout != torch.strided or grad.is_complex():
+    if grad.dtype not in _EXACT or grad.layout != torch.strided:
         grad = _plain(grad)
     flat = grad if grad.dim() == 1 else grad.reshape(-1)
     if flat.numel() <= _PIECE:

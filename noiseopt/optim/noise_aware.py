@@ -253,10 +253,8 @@ class NoiseAware(SavesNoise):
     def _torch_step_scaled(self, factor: Tensor | None, found_inf: Tensor | bool) -> None:
         """Have the fused kernel divide by `grad_scale` and skip by `found_inf` as it goes."""
         one = torch.ones((), dtype=torch.float32, device=self._device)
-        scale = one if factor is None else factor.reciprocal().float()
-        skip = found_inf.float() if isinstance(found_inf, Tensor) else torch.zeros_like(one)
-        self.grad_scale: Tensor | None = scale
-        self.found_inf: Tensor | None = skip
+        self.grad_scale: Tensor | None = one if factor is None else factor.reciprocal().float()
+        self.found_inf: Tensor | None = found_inf.float() if isinstance(found_inf, Tensor) else None
         try:
             self._torch_step()
         finally:
