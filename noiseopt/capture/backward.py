@@ -5,12 +5,14 @@ confirms it and, in the window's last backward, reads the norm of what has been 
 the loop can clip or unscale it. No gradient is kept.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Variable
+from torch.autograd.function import BackwardCFunction
 
 from noiseopt.capture.norms import device_of, squared_norms, sum_dtype
 from noiseopt.capture.row import Measured
@@ -23,9 +25,8 @@ class BackwardCapture:
         groups: the parameters of each group. Frozen ones are passed over.
         window_steps: tells how many backward passes the current window is to have.
 
-    A backward pass is one micro-batch. Parameters that a reentrant checkpoint uses besides the rest
-    of the model get their gradient in two parts, whose norms do not add: use non-reentrant
-    checkpointing.
+    A backward pass is one micro-batch. Reentrant checkpointing runs others inside it, whose norms
+    would not add where they share a parameter: it is refused.
     """
 
     def __init__(self, groups: Sequence[Sequence[Tensor]], window_steps: Callable[[], int]) -> None:
@@ -37,7 +38,8 @@ class BackwardCapture:
         self._current: list[list[Tensor]] = []
         self._mean: dict[Tensor, tuple[int, Tensor]] = {}
         self._small: list[Tensor] = []
-        self.watched: set[Tensor] = set()
+        self._task = -1
+        self.watched: dict[Tensor, int] = {}
         for index, params in enumerate(groups):
             self._attach_all(params, index)
 
@@ -57,7 +59,7 @@ class BackwardCapture:
         return len(self._small)
 
     def _attach(self, param: Tensor, group: int) -> None:
-        self.watched.add(param)
+        self.watched[param] = group
 
         def before(grad: Tensor) -> None:
             self._passing[param] = squared_norms([[grad]], self._device)[0]
@@ -70,8 +72,11 @@ class BackwardCapture:
         self._handles.append(hooked.register_post_accumulate_grad_hook(after))
 
     def _take(self, param: Tensor, group: int, accumulated: Tensor) -> None:
-        if not self._current:
-            self._current = [[] for _ in range(self._num_groups)]
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            # What a backward that failed half-way has left is dropped here.
+            _refuse_nested_backward()
+            self._task, self._current = task, [[] for _ in range(self._num_groups)]
             Variable._execution_engine.queue_callback(self._close_micro_batch)
         self._current[group].append(self._passing.pop(param))
         if len(self) + 1 >= self._window_steps() and accumulated.grad is not None:
@@ -83,6 +88,14 @@ class BackwardCapture:
             torch.stack([torch.stack([zero, *norms]).sum() for norms in self._current])
         )
         self._current = []
+        if len(self) >= self._window_steps():
+            self._read_untouched()
+
+    def _read_untouched(self) -> None:
+        """Read what the last backward did not bring, before the loop can change it."""
+        for param, group in self.watched.items():
+            if param.grad is not None and param not in self._mean:
+                self._mean[param] = group, squared_norms([[param.grad]], self._device)[0]
 
     def close(
         self,
@@ -96,7 +109,7 @@ class BackwardCapture:
         loss. `p.grad` is the loop's own: nothing is left to be done to it.
 
         Args:
-            groups: the optimizer's parameters; what the last backward did not touch is read here.
+            groups: the optimizer's parameters.
             samples: n_i of each backward, to which the weights are proportional.
             loss_scale: the factor on every loss.
 
@@ -166,3 +179,16 @@ class BackwardCapture:
             handle.remove()
         self._handles.clear()
         self.watched.clear()
+
+
+def _refuse_nested_backward() -> None:
+    """Raise where this backward runs inside the backward of another, as checkpoints may have it."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is BackwardCFunction.apply.__code__:
+            raise RuntimeError(
+                "a backward pass runs inside another, as with reentrant checkpointing, and brings "
+                "a micro-batch's gradient in several parts: use checkpoint(use_reentrant=False), "
+                "or accumulation='internal'"
+            )
+        frame = frame.f_back
