@@ -21,8 +21,8 @@ class Shape:
     """
 
     layers: int = 3
-    width: int = 96
-    heads: int = 3
+    width: int = 80
+    heads: int = 2
     context: int = 128
 
 
