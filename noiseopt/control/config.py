@@ -76,7 +76,7 @@ class NoiseConfig:
     grow_when_stable: bool = True
     noise_margin: float = 0.5
     grow_in_decay: bool = True
-    decay_noise_fraction: float = 0.5
+    decay_noise_fraction: float = 0.75
     shrink: bool = True
     dwell_fraction: float = 0.05
     dwell_updates: int = 50

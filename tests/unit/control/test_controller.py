@@ -81,7 +81,7 @@ def test_decay_without_noise_does_not_grow(run_of):
     settings = {"accumulation_steps": 4, "min_accumulation_steps": 4}
     run = run_of(controller(**settings), lambda seen: 10, cosine(1e5)).until(1e5)
     assert run.changes == []
-    assert "growth takes 0.5" in run.decisions[len(run.decisions) // 2].reason
+    assert "growth takes 0.75" in run.decisions[len(run.decisions) // 2].reason
 
 
 def test_warm_up_holds(run_of):

@@ -130,13 +130,13 @@ def test_a_learning_rate_that_is_not_positive_holds(lr):
     assert proposed(lr=lr) == ("hold", 4)
 
 
-@pytest.mark.parametrize(("lower", "action"), [(31.9, "hold"), (32.1, "grow")])
+@pytest.mark.parametrize(("lower", "action"), [(95.9, "hold"), (96.1, "grow")])
 def test_growth_in_decay_takes_a_gradient_dominated_by_noise(lower, action):
-    """A noise fraction of one half at 32 samples is a scale of 32."""
+    """A noise fraction of three quarters at 32 samples is a scale of 96."""
     assert proposed(given_noise=noise(lower=lower), lr=0.5)[0] == action
 
 
-@pytest.mark.parametrize(("lower", "action"), [(63.9, "hold"), (64.1, "grow")])
+@pytest.mark.parametrize(("lower", "action"), [(191.9, "hold"), (192.1, "grow")])
 def test_caution_halves_the_noise_scale_in_decay(lower, action):
     """After a revert the gate is twice as strict, and not shut."""
     assert proposed(given_noise=noise(lower=lower), lr=0.5, caution=0.5)[0] == action
