@@ -38,6 +38,8 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 
 
 def _squared_norm(grads: Sequence[Tensor], device: torch.device) -> Tensor:
+    if device.type == "cpu" and grads and all(grad.is_cpu for grad in grads):
+        return _squares_cpu(grads).sum(dtype=sum_dtype(device))
     by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
     for grad in grads:
         by_device[grad.device].append(grad)
@@ -54,7 +56,7 @@ def _plain(grad: Tensor) -> Tensor:
     return torch.view_as_real(grad) if grad.is_complex() else grad
 
 
-def _squares_cpu(grads: list[Tensor]) -> Tensor:
+def _squares_cpu(grads: Sequence[Tensor]) -> Tensor:
     # On the CPU a dot product is both twice as fast and much more exact than vector_norm.
     return torch.stack([_square_cpu(grad) for grad in grads])
 

@@ -209,9 +209,10 @@ class GradientWindow:
         like, first = self._norms[0], self._samples[0]
         if self._samples.count(first) == len(self):
             samples = like.new_full((len(self),), first)
+            weights = torch.ones_like(samples)
         else:
             samples = torch.stack([like.new_full((), value) for value in self._samples])
-        weights = samples / samples[0]
+            weights = samples / samples[0]
         if all(flag is True for flag in self._finite):
             return samples, weights
         finite = [

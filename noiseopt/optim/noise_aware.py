@@ -219,11 +219,10 @@ class NoiseAware(SavesNoise):
             factor = coefficient if factor is None else coefficient * factor
         found_inf: Tensor | bool = False
         if self.config.skip_nonfinite and self._adaptation.acts:
-            found_inf = ~norm.isfinite()
-        if self._device.type == "cpu" or not self._all_fused:
-            # The kernels that are not fused cannot skip by themselves: this reads one flag.
-            found_inf = bool(found_inf)
-            if found_inf:
+            if self._device.type != "cpu" and self._all_fused:
+                found_inf = ~norm.isfinite()
+            # The kernels that are not fused cannot skip by themselves: this reads the norm.
+            elif not math.isfinite(norm.item()):
                 return False, False
         self._update(len(measured), factor, found_inf)
         return (~found_inf if isinstance(found_inf, Tensor) else True), clipped
@@ -252,8 +251,9 @@ class NoiseAware(SavesNoise):
 
     def _torch_step_scaled(self, factor: Tensor | None, found_inf: Tensor | bool) -> None:
         """Have the fused kernel divide by `grad_scale` and skip by `found_inf` as it goes."""
-        one = torch.ones((), dtype=torch.float32, device=self._device)
-        self.grad_scale: Tensor | None = one if factor is None else factor.reciprocal().float()
+        if factor is None:
+            factor = torch.ones((), dtype=torch.float32, device=self._device)
+        self.grad_scale: Tensor | None = factor.reciprocal().float()
         self.found_inf: Tensor | None = found_inf.float() if isinstance(found_inf, Tensor) else None
         try:
             self._torch_step()
