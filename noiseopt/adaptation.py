@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from noiseopt.capture import APPLIED, Measured, read_rows
+from noiseopt.capture import APPLIED, TAIL, Measured, read_rows
 from noiseopt.control import (
     RATE_RULES,
     Controller,
@@ -87,7 +87,8 @@ class Adaptation:
     @property
     def num_updates(self) -> int:
         """Updates applied. On an accelerator this waits for it."""
-        return self._controller.state.num_updates + sum(int(row[APPLIED] > 0) for row in self._rows)
+        at = 2 * self.num_groups + TAIL + APPLIED
+        return self._controller.state.num_updates + sum(int(row[at] > 0) for row in self._rows)
 
     def rates(self, steps: int) -> Rates:
         """The factors for a window of so many steps: those of the latest decision."""

@@ -41,11 +41,15 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)).double()
 
 
-def train(net: nn.Module, optimizer: NoiseAwareAdamW, part: slice) -> None:
+def train(net: nn.Module, optimizer: NoiseAwareAdamW, part: slice) -> int:
+    applied = 0
     for x, y in zip(*data(), strict=True):
         optimizer.zero_grad()
         nn.functional.mse_loss(net(x[part]), y[part]).backward()
         optimizer.step()
+        applied += optimizer.applied
+        assert optimizer.num_updates == applied
+    return applied
 
 
 def weights(net: nn.Module) -> torch.Tensor:
@@ -55,8 +59,9 @@ def weights(net: nn.Module) -> torch.Tensor:
 def adaptive_run(rank: int) -> dict:
     net = model()
     optimizer = NoiseAwareAdamW(net.parameters(), lr=1e-2, noise=CONFIG)
-    train(DistributedDataParallel(net), optimizer, slice(rank * BATCH, (rank + 1) * BATCH))
-    return {"decisions": optimizer.decisions, "weights": weights(net)}
+    part = slice(rank * BATCH, (rank + 1) * BATCH)
+    applied = train(DistributedDataParallel(net), optimizer, part)
+    return {"decisions": optimizer.decisions, "weights": weights(net), "applied": applied}
 
 
 def unsynchronised_step(rank: int) -> str:
@@ -127,6 +132,13 @@ def test_two_ranks_are_one_process_with_both_ranks_samples(ranks):
     assert together["decisions"][-1].samples_seen == alone.decisions[-1].samples_seen
     assert together["decisions"][-1].noise.scale == pytest.approx(alone.noise.scale, rel=1e-9)
     torch.testing.assert_close(together["weights"], weights(net), rtol=0, atol=1e-9)
+
+
+def test_updates_are_counted_at_every_step_between_decisions_too(ranks):
+    """The workers compare `num_updates` with what was applied; the last decision is as far."""
+    for rank in ranks:
+        run = rank["adaptive_run"]
+        assert 0 <= run["applied"] - run["decisions"][-1].num_updates < CONFIG.decision_interval
 
 
 def test_a_step_on_unsynchronised_gradients_is_an_error_on_every_rank(ranks):
