@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.autograd.function import BackwardCFunction
 
-from noiseopt.capture.norms import device_of, squared_norms, sum_dtype
+from noiseopt.capture.norms import device_of, squared_norm, squared_norms, sum_dtype
 from noiseopt.capture.row import Measured
 
 
@@ -62,7 +62,7 @@ class BackwardCapture:
         self.watched[param] = group
 
         def before(grad: Tensor) -> None:
-            self._passing[param] = squared_norms([[grad]], self._device)[0]
+            self._passing[param] = squared_norm(grad, self._device)
 
         def after(accumulated: Tensor) -> None:
             self._take(param, group, accumulated)
@@ -80,7 +80,7 @@ class BackwardCapture:
             Variable._execution_engine.queue_callback(self._close_micro_batch)
         self._current[group].append(self._passing.pop(param))
         if len(self) + 1 >= self._window_steps() and accumulated.grad is not None:
-            self._mean[param] = group, squared_norms([[accumulated.grad]], self._device)[0]
+            self._mean[param] = group, squared_norm(accumulated.grad, self._device)
 
     def _close_micro_batch(self) -> None:
         zero = torch.zeros((), dtype=sum_dtype(self._device), device=self._device)
@@ -95,7 +95,7 @@ class BackwardCapture:
         """Read what the last backward did not bring, before the loop can change it."""
         for param, group in self.watched.items():
             if param.grad is not None and param not in self._mean:
-                self._mean[param] = group, squared_norms([[param.grad]], self._device)[0]
+                self._mean[param] = group, squared_norm(param.grad, self._device)
 
     def close(
         self,

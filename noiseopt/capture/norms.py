@@ -26,6 +26,12 @@ def squared_norms(groups: Sequence[Sequence[Tensor]], device: torch.device) -> T
     return torch.stack([_squared_norm(grads, device) for grads in groups])
 
 
+def squared_norm(grad: Tensor, device: torch.device) -> Tensor:
+    """|g|^2 of one gradient, 0-d: what `squared_norms` gives, in fewer operations."""
+    square = _square_cpu(grad) if grad.is_cpu else _squares_foreach([grad])[0]
+    return square.to(sum_dtype(grad.device)).to(device, sum_dtype(device), non_blocking=True)
+
+
 def device_of(groups: Sequence[Sequence[Tensor]]) -> torch.device:
     """Where norms are kept: with the first parameter there is."""
     devices = (param.device for params in groups for param in params)
