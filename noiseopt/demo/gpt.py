@@ -20,9 +20,9 @@ class Shape:
         context: positions it sees at most.
     """
 
-    layers: int = 3
-    width: int = 80
-    heads: int = 2
+    layers: int = 4
+    width: int = 128
+    heads: int = 4
     context: int = 128
 
 

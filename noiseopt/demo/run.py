@@ -2,8 +2,7 @@
 
 import math
 import platform
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,8 +65,7 @@ class Demo:
         write_settings(self.folder, self.settings)
         interrupted = False
         try:
-            with one_thread():
-                self._train_all(load())
+            self._train_all(load())
         except KeyboardInterrupt:
             interrupted = True
         self._finish(interrupted)
@@ -135,21 +133,6 @@ class Demo:
         print("Written:")
         for path in sorted(self.folder.iterdir()):
             print(f"  {path}")
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute on one thread: the same results on any number of cores.
-
-    A model of this size gains little from more, and where other programs are running, threads that
-    wait for each other lose far more than that.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _show_arms(title: str, sums: dict[str, dict[str, Any]]) -> None:
