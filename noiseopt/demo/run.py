@@ -2,7 +2,8 @@
 
 import math
 import platform
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ class Demo:
         write_settings(self.folder, self.settings)
         interrupted = False
         try:
-            self._train_all(load())
+            with one_thread():
+                self._train_all(load())
         except KeyboardInterrupt:
             interrupted = True
         self._finish(interrupted)
@@ -133,6 +135,21 @@ class Demo:
         print("Written:")
         for path in sorted(self.folder.iterdir()):
             print(f"  {path}")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: the same results on any number of cores.
+
+    A model of this size gains little from more, and where other programs are running, threads that
+    wait for each other lose far more than that.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _show_arms(title: str, sums: dict[str, dict[str, Any]]) -> None:

@@ -38,7 +38,7 @@ class Settings:
         shape: the size of the model.
     """
 
-    steps: int = 1600
+    steps: int = 1200
     seed: int = 0
     batch_size: int = 8
     lr: float = 1.5e-3
