@@ -117,7 +117,8 @@ def test_a_run_resumes_bitwise_from_every_window_boundary(name):
     assert "grow" in actions
     assert straight.optimizer.accumulation_steps > 2
     assert 0 < straight.decisions[-1].total_clipped < 60
-    for num_updates, file in enumerate(files[:-11], 1):
+    # Every boundary for one optimizer; for the others every third, to save time.
+    for num_updates, file in list(enumerate(files[:-11], 1))[:: 1 if name == "AdamW" else 3]:
         resumed = Run(name, GROWS).load(file).until(num_updates + 11, batches)
         assert_same_state(resumed.save(), files[num_updates + 10])
         assert_same_decisions(resumed.decisions, straight.decisions)
