@@ -53,6 +53,7 @@ NEVER = 10**9
 CLIP = 1.0
 SMALL = 200  # bytes; every parameter of our models is larger, and no row of norms is
 MIN_ROUNDS = 3
+SECONDS = 360.0  # after which each comparison still makes one round
 RESULTS = Path(__file__).parent / "results"
 REFERENCE, CONTROL = "torch", "torch, again"
 
@@ -74,8 +75,8 @@ class Size:
         updates: in a round of the "update" part.
         windows: of four micro-batches in a round of the "step" part; or pairs of a window of one
             and a probe.
-        peers: whether to measure them.
-        seconds: for each comparison, about; at least MIN_ROUNDS are made.
+        peers: the sizes of the micro-batch at which they are measured.
+        seconds: for each comparison, about; at least MIN_ROUNDS are made, in time.
     """
 
     name: str
@@ -86,17 +87,17 @@ class Size:
     micro_batches: tuple[int, ...] = (1, 4)
     updates: int = 10
     windows: int = 2
-    peers: bool = True
-    seconds: float = 20.0
+    peers: tuple[int, ...] = (1,)
+    seconds: float = 15.0
 
 
 SIZES = {
     size.name: size
     for size in (
         Size("tiny", 64, 1, context=8, micro_batches=(1,), updates=2, windows=1, seconds=1),
-        Size("1M", 128, 5, windows=3, seconds=10),
+        Size("1M", 128, 5, windows=3, peers=(1, 4), seconds=8),
         Size("12M", 384, 7, updates=5, windows=1),
-        Size("124M", 768, 12, 50257, 32, (1,), updates=1, windows=1, peers=False),
+        Size("124M", 768, 12, 50257, 32, (1,), updates=1, windows=1, peers=()),
     )
 }
 FULL = ("1M", "12M", "124M")
@@ -463,10 +464,10 @@ class Comparison:
     seconds: float
     equal_rest: bool = False
 
-    def run(self, max_rounds: int) -> list[Timing]:
+    def run(self, max_rounds: int, deadline: float) -> list[Timing]:
         built = {name: build_if_installed(build) for name, build in self.arms.items()}
         arms = {name: arm for name, arm in built.items() if arm is not None}
-        rounds = self._measure(arms, max_rounds)
+        rounds = self._measure(arms, max_rounds, deadline)
         return [
             self._timing(name, rounds) if name in arms else self._missing(name) for name in built
         ]
@@ -474,7 +475,9 @@ class Comparison:
     def _missing(self, name: str) -> Timing:
         return Timing(**self.common, arm=name, note="not installed")
 
-    def _measure(self, arms: dict[str, Arm], max_rounds: int) -> dict[str, list[Times]]:
+    def _measure(
+        self, arms: dict[str, Arm], max_rounds: int, deadline: float
+    ) -> dict[str, list[Times]]:
         """The times of each arm in each round; the first round is for warming up."""
         order, shuffle = list(arms.values()), random.Random(0).shuffle
         rounds: dict[str, list[Times]] = defaultdict(list)
@@ -490,7 +493,8 @@ class Comparison:
             for name, arm in arms.items():
                 rounds[name].append(arm.times())
             now = time.perf_counter()
-            if number >= MIN_ROUNDS and 2 * now - began - start > self.seconds:
+            enough = number >= MIN_ROUNDS and 2 * now - began - start > self.seconds
+            if enough or (number >= 1 and 2 * now - began > deadline):
                 break
         rounds = {name: times[1:] for name, times in rounds.items()}
         if PROBING in rounds:
@@ -612,15 +616,12 @@ def update_comparisons(size: Size, device: torch.device) -> Iterator[Comparison]
             "noiseopt, auto, does not clip": ours("auto", 2 * norm),
         }
         targeted = arms if (kernel, window) == ("fused", 1) else ()
+        if kernel == "fused":
+            arms = arms | {"noiseopt, advise": ours("advise", 2 * norm)}
         yield Comparison(
             "wall" if device.type == "cuda" else "cpu",
             common | {"kernel": kernel, "window": window},
-            {
-                REFERENCE: theirs,
-                CONTROL: theirs,
-                **arms,
-                "noiseopt, advise": ours("advise", 2 * norm),
-            },
+            {REFERENCE: theirs, CONTROL: theirs, **arms},
             dict.fromkeys(targeted, UPDATE_TARGET),
             block=window * size.updates,
             seconds=size.seconds / 2,
@@ -677,7 +678,7 @@ def step_comparisons(
                 OurExternalStep, WINDOW, size.windows, accumulation="external"
             ),
         }
-        others = {name: peer(PEERS[name]) for name in peers if size.peers}
+        others = {name: peer(PEERS[name]) for name in peers if batch in size.peers}
         yield Comparison(
             "wall" if device.type == "cuda" else "cpu",
             common | {"window": WINDOW},
@@ -961,13 +962,14 @@ def run(
 ) -> list[Result]:
     """Measure everything, printing each table as it is known."""
     results: list[Result] = []
+    deadline = time.perf_counter() + SECONDS
     for size in sizes:
         for comparisons in (
             update_comparisons(size, device),
             step_comparisons(size, device, peers),
         ):
             for comparison in comparisons:
-                timings = comparison.run(rounds)
+                timings = comparison.run(rounds, deadline)
                 print_timings(timings)
                 results += timings
                 gc.collect()

@@ -8,11 +8,14 @@ from benchmarks import overhead as bench
 
 TINY = bench.SIZES["tiny"]
 CPU = torch.device("cpu")
+UPDATES = {"noiseopt, auto, clips", "noiseopt, auto, does not clip"}
 OURS = {
-    ("update", 1): {"noiseopt, auto, clips", "noiseopt, auto, does not clip", "noiseopt, advise"},
-    ("update", 4): {"noiseopt, auto, clips", "noiseopt, auto, does not clip", "noiseopt, advise"},
-    ("step", 1): {"noiseopt", bench.PROBING},
-    ("step", 4): {"noiseopt", "noiseopt, external"},
+    ("update", "fused", 1): UPDATES | {"noiseopt, advise"},
+    ("update", "foreach", 1): UPDATES,
+    ("update", "for-loop", 1): UPDATES,
+    ("update", "fused", 4): UPDATES | {"noiseopt, advise"},
+    ("step", "fused", 1): {"noiseopt", bench.PROBING},
+    ("step", "fused", 4): {"noiseopt", "noiseopt, external"},
 }
 
 
@@ -38,17 +41,11 @@ def timings(results):
 
 
 def test_every_comparison_has_every_arm(timings):
-    cells = {(t.part, t.kernel, t.window) for t in timings}
-    assert cells == {
-        *(("update", kernel, 1) for kernel in bench.KERNELS),
-        ("update", "fused", 4),
-        ("step", "fused", 1),
-        ("step", "fused", 4),
-    }
-    for part, kernel, window in cells:
-        arms = [t.arm for t in timings if (t.part, t.kernel, t.window) == (part, kernel, window)]
-        peers = set(bench.PEERS) if (part, window) == ("step", 4) else set()
-        assert set(arms) == {bench.REFERENCE, bench.CONTROL} | OURS[part, window] | peers
+    assert {(t.part, t.kernel, t.window) for t in timings} == set(OURS)
+    for cell, ours in OURS.items():
+        arms = [t.arm for t in timings if (t.part, t.kernel, t.window) == cell]
+        peers = set(bench.PEERS) if cell == ("step", "fused", 4) else set()
+        assert set(arms) == {bench.REFERENCE, bench.CONTROL} | ours | peers
         assert len(arms) == len(set(arms))
 
 
@@ -133,7 +130,7 @@ def test_a_target_holds_if_the_upper_quartile_meets_it(ratio, word):
 def test_tables_name_every_arm(results, timings, capsys):
     bench.print_timings([t for t in timings if (t.part, t.window) == ("step", 4)])
     text = capsys.readouterr().out
-    for arm in (bench.REFERENCE, bench.CONTROL, *OURS["step", 4], *bench.PEERS):
+    for arm in (bench.REFERENCE, bench.CONTROL, *OURS["step", "fused", 4], *bench.PEERS):
         assert arm in text
     assert "not installed" in text
 
