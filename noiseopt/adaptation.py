@@ -181,7 +181,7 @@ class Adaptation:
         """Take in every queued row. This waits for the device."""
         rows, self._rows = self._rows, []
         if rows and world_size(self.process_group) > 1:
-            check(torch.stack(rows)[:, -1].max().item())
+            check(torch.stack(rows)[:, -1].nan_to_num(nan=0.0).max().item())
             rows = [row[:-1] for row in rows]
         for window in read_rows(rows):
             self._controller = self._controller.learn(window)

@@ -24,7 +24,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from noiseopt.monitor import NoiseMonitor
 from noiseopt.optim.hyper import (
     decouples_weight_decay,
-    has_second_moment,
     scaled_values,
     start_numbers,
 )
@@ -54,20 +53,21 @@ class NoiseAwareLR(LRScheduler):
         self.optimizer = monitor.optimizer
         self.monitor = monitor
         self.scheduler = scheduler
-        kind = type(self.optimizer)
-        self._decoupled = decouples_weight_decay(kind)
+        self._decoupled = decouples_weight_decay(type(self.optimizer))
         self._numbers = [
-            start_numbers(0) if has_second_moment(kind) else {} for _ in self.optimizer.param_groups
+            start_numbers(self.optimizer, group) for group in self.optimizer.param_groups
         ]
         self._saved: list[dict[str, Any]] = []
         self._advanced = monitor.micro_batches
         self._handles = [
             self.optimizer.register_step_pre_hook(self._scale),
             self.optimizer.register_step_post_hook(self._restore),
+            self.optimizer.register_state_dict_pre_hook(lambda optimizer: self._put_back()),
         ]
 
     def step(self, epoch: int | None = None) -> None:
         """Advance the user's schedule by the micro-batches consumed since the last call."""
+        self._put_back()
         consumed, self._advanced = (
             self.monitor.micro_batches - self._advanced,
             self.monitor.micro_batches,
@@ -103,7 +103,7 @@ class NoiseAwareLR(LRScheduler):
         rates, least = self.monitor.rates, self.monitor.config.min_beta2
         groups = optimizer.param_groups
         while len(self._numbers) < len(groups):
-            self._numbers.append(start_numbers(0) if self._numbers[0] else {})
+            self._numbers.append(start_numbers(optimizer, groups[len(self._numbers)]))
         for group, numbers in zip(groups, self._numbers, strict=True):
             values = scaled_values(group, numbers, rates, least, self._decoupled)
             self._saved.append({key: group[key] for key in values})
@@ -113,7 +113,7 @@ class NoiseAwareLR(LRScheduler):
         self._put_back()
 
     def _put_back(self) -> None:
-        """Also after a step that raised: then at the next one."""
+        """Also after a step that raised: then before a rate is scheduled, saved or used again."""
         for group, saved in zip(self.optimizer.param_groups, self._saved, strict=False):
             group.update(saved)
         self._saved = []

@@ -47,9 +47,15 @@ def decouples_weight_decay(optimizer_class: type[Optimizer]) -> bool:
     return issubclass(optimizer_class, (AdamW, muon))
 
 
-def start_numbers(num_updates: int) -> dict[str, float]:
-    """The numbers of a second moment that so many updates entered at one beta2."""
-    return {UPDATES: num_updates, EXCESS: 0.0}
+def start_numbers(optimizer: Optimizer, group: Group) -> dict[str, float]:
+    """The numbers of a group's second moment as it is, all of it taken in at one beta2.
+
+    Empty for an optimizer that has none. This waits for the device if the group has a state.
+    """
+    if not has_second_moment(type(optimizer)):
+        return {}
+    steps = [optimizer.state[p]["step"] for p in group["params"] if p in optimizer.state]
+    return {UPDATES: int(max(map(float, steps), default=0.0)), EXCESS: 0.0}
 
 
 def scaled_values(

@@ -15,7 +15,7 @@ from noiseopt.adaptation import Adaptation
 from noiseopt.capture import BackwardCapture, GradientWindow
 from noiseopt.control import NoiseConfig
 from noiseopt.optim.checks import check_group
-from noiseopt.optim.hyper import UPDATES, has_second_moment, start_numbers
+from noiseopt.optim.hyper import UPDATES, start_numbers
 from noiseopt.readings import NoiseReadings
 
 
@@ -96,9 +96,8 @@ class SavesNoise(NoiseReadings, Optimizer):
 
     def _start_numbers(self, group: dict[str, Any]) -> None:
         noise = group.setdefault("noise", {})
-        if has_second_moment(type(self)) and UPDATES not in noise:
-            steps = [self.state[p]["step"] for p in group["params"] if p in self.state]
-            noise.update(start_numbers(int(max(map(float, steps), default=0.0))))
+        if UPDATES not in noise:
+            noise.update(start_numbers(self, group))
 
     def __getstate__(self) -> dict[str, Any]:
         self._publish()
