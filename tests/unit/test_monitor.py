@@ -1,0 +1,206 @@
+"""A monitor and its schedulers on a plain torch optimizer, held against the drop-in optimizers."""
+
+import copy
+
+import pytest
+import torch
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import LambdaLR, StepLR
+
+from noiseopt import NoiseAwareAdamW
+from noiseopt.control import NoiseConfig
+from noiseopt.monitor import NoiseMonitor
+from noiseopt.schedulers import AccumulationScheduler, ClipScheduler, NoiseAwareLR
+from tests.optim.helpers import advise, build, difference, draw, fixed, growing, loss_of, train
+
+LR = 1e-2
+
+
+def attach(model, config, optimizer=None):
+    """A monitored AdamW with everything that carries decisions out."""
+    optimizer = optimizer or AdamW(model.parameters(), lr=LR)
+    monitor = NoiseMonitor(optimizer, config)
+    return optimizer, monitor, NoiseAwareLR(monitor), ClipScheduler(monitor)
+
+
+def run(model, optimizer, monitor, batches, schedule=None, clip=None):
+    for window in AccumulationScheduler(monitor).windows(batches):
+        if len(window) < monitor.accumulation_steps:
+            break  # a short last window is the data's end, not the monitor's
+        for batch in window:
+            (loss_of(model, batch) / len(window)).backward()
+        if clip is not None:
+            clip.clip_()
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+        optimizer.zero_grad()
+
+
+def test_it_decides_and_trains_as_the_drop_in_optimizer_does_on_the_same_data():
+    ours, plain, batches = build(), build(), draw(120)
+    internal = NoiseAwareAdamW(ours.parameters(), lr=LR, noise=growing())
+    train(ours, internal, batches)
+    optimizer, monitor, schedule, clip = attach(plain, growing())
+    run(plain, optimizer, monitor, batches, schedule, clip)
+    assert monitor.accumulation_steps == 4
+    assert [d.action for d in monitor.decisions] == [d.action for d in internal.decisions]
+    assert [d.batch for d in monitor.decisions] == [d.batch for d in internal.decisions]
+    assert monitor.noise.scale == pytest.approx(internal.noise.scale, rel=1e-6)
+    assert difference(ours, plain) < 1e-6
+
+
+def test_a_run_that_is_monitored_late_corrects_adam_as_one_that_loaded_the_same_state():
+    plain, batches = build(), draw(400, seed=3)
+    optimizer = AdamW(plain.parameters(), lr=LR)
+    train(plain, optimizer, draw(500))
+    ours = copy.deepcopy(plain)
+    internal = NoiseAwareAdamW(ours.parameters(), lr=LR, noise=growing())
+    internal.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(ours, internal, batches)
+    _, monitor, schedule, clip = attach(plain, growing(), optimizer)
+    run(plain, optimizer, monitor, batches, schedule, clip)
+    assert monitor.num_updates == internal.num_updates
+    assert difference(ours, plain) < 1e-6
+
+
+def test_advice_changes_nothing():
+    ours, plain, batches = build(), build(), draw(30)
+    optimizer, monitor, schedule, clip = attach(ours, advise())
+    run(ours, optimizer, monitor, batches, schedule, clip)
+    train(plain, AdamW(plain.parameters(), lr=LR), batches)
+    assert difference(ours, plain) == 0
+    assert monitor.decisions
+
+
+def test_the_schedule_is_advanced_once_for_each_micro_batch():
+    model = build()
+    optimizer = SGD(model.parameters(), lr=1.0)
+    monitor = NoiseMonitor(optimizer, fixed(4))
+    inner = StepLR(optimizer, step_size=1, gamma=0.5)
+    schedule = NoiseAwareLR(monitor, inner)
+    run(model, optimizer, monitor, draw(12), schedule)
+    assert (monitor.num_updates, monitor.micro_batches, inner.last_epoch) == (3, 12, 12)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5**12)
+
+
+def test_windows_hold_every_batch_once_and_the_last_may_be_shorter():
+    monitor = NoiseMonitor(SGD(build().parameters(), lr=0.1), fixed(4))
+    windows = list(AccumulationScheduler(monitor).windows(range(10)))
+    assert windows == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def raise_in_a_grown_window(model):
+    """A step whose rates are scaled, and that raises, as it may for want of memory."""
+
+    def fail(optimizer, args, kwargs):
+        raise MemoryError
+
+    optimizer = AdamW(model.parameters(), lr=LR)
+    monitor = NoiseMonitor(optimizer, growing())
+    schedule = NoiseAwareLR(monitor, LambdaLR(optimizer, lambda _: 1.0))
+    run(model, optimizer, monitor, draw(120), schedule)
+    assert monitor.rates.lr > 1
+    handle = optimizer.register_step_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    handle.remove()
+    assert optimizer.param_groups[0]["lr"] > LR
+    return optimizer, monitor, schedule
+
+
+def test_a_state_that_is_saved_after_a_step_raised_holds_the_users_rates():
+    optimizer, _, _ = raise_in_a_grown_window(build())
+    saved = optimizer.state_dict()["param_groups"][0]
+    assert (saved["lr"], saved["betas"], saved["weight_decay"]) == (LR, (0.9, 0.999), 1e-2)
+
+
+def test_a_schedule_that_goes_on_after_a_step_raised_finds_the_users_rates():
+    model = build()
+    optimizer, monitor, schedule = raise_in_a_grown_window(model)
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == LR
+    assert schedule.get_last_lr() == [LR * monitor.rates.lr]
+
+
+def test_the_gradient_is_clipped_at_the_decided_norm_and_counted():
+    model = build()
+    optimizer = SGD(model.parameters(), lr=0.0)
+    monitor = NoiseMonitor(optimizer, fixed(max_norm=1e-3, decision_interval=1))
+    clip = ClipScheduler(monitor)
+    loss_of(model, draw(1)[0]).backward()
+    before = clip.clip_()
+    after = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    optimizer.step()
+    assert before > 1e-3
+    assert after == pytest.approx(clip.max_norm, rel=1e-3)
+    assert monitor.decision.total_clipped == 1
+    (window,) = monitor.decision.windows
+    assert sum(window.norms.big_sq) == pytest.approx(float(before) ** 2)
+
+
+def test_a_run_that_is_resumed_goes_on_as_if_it_had_not_stopped():
+    model, batches = build(), draw(120)
+    optimizer, monitor, schedule, clip = attach(model, growing())
+    run(model, optimizer, monitor, batches, schedule, clip)
+    other = copy.deepcopy(model)
+    resumed = attach(other, growing())
+    resumed[0].load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    resumed[1].load_state_dict(monitor.state_dict())
+    resumed[2].load_state_dict(schedule.state_dict())
+    more = draw(80, seed=7)
+    run(model, optimizer, monitor, more, schedule, clip)
+    run(other, resumed[0], resumed[1], more, resumed[2], resumed[3])
+    assert resumed[1].state_dict() == monitor.state_dict()
+    assert difference(model, other) == 0
+
+
+def test_a_window_whose_step_the_scaler_skips_is_forgotten_and_its_batches_still_scheduled():
+    model = build(torch.float32)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    scaler = GradScaler("cpu", init_scale=2.0**10)
+    config = fixed(2, decision_interval=1)
+    monitor = NoiseMonitor(optimizer, config, grad_scaler=scaler)
+    inner = LambdaLR(optimizer, lambda _: 1.0)
+    schedule = NoiseAwareLR(monitor, inner)
+    batches = draw(4, dtype=torch.float32)
+    batches[1] = (batches[1][0] * float("inf"), batches[1][1])
+    squares = []
+    for window in AccumulationScheduler(monitor).windows(batches):
+        for batch in window:
+            scaler.scale(loss_of(model, batch) / len(window)).backward()
+        scaler.unscale_(optimizer)
+        squares.append(sum(p.grad.square().sum().item() for p in model.parameters()))
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+        optimizer.zero_grad()
+    assert monitor.num_updates == 1
+    assert inner.last_epoch == 4
+    (measured,) = monitor.decision.windows
+    assert measured.norms.count == 2
+    assert sum(measured.norms.big_sq) == pytest.approx(squares[1], rel=1e-5)
+
+
+def test_what_cannot_work_is_refused_with_a_remedy():
+    model = build()
+    plain = SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="use its own readings"):
+        NoiseMonitor(NoiseAwareAdamW(model.parameters()))
+    with pytest.raises(ValueError, match="leave it out"):
+        NoiseMonitor(plain, "off")
+    with pytest.raises(ValueError, match="rate_rule is 'adagrad'"):
+        NoiseMonitor(plain, rate_rule="adagrad")
+    other = StepLR(SGD(build().parameters(), lr=0.1), step_size=1)
+    with pytest.raises(ValueError, match="not the one that the monitor watches"):
+        NoiseAwareLR(NoiseMonitor(plain, NoiseConfig()), other)
+
+
+def test_detached_it_watches_and_scales_no_more():
+    model = build()
+    optimizer, monitor, schedule, _ = attach(model, fixed())
+    monitor.detach()
+    schedule.detach()
+    train(model, optimizer, draw(3))
+    assert monitor.num_updates == 0
