@@ -71,7 +71,7 @@ class NoiseConfig:
     winsorise: float = 5.0
     confidence: float = 0.95
     decision_interval: int = 10
-    probe_interval: int = 8
+    probe_interval: int = 16
     min_count: float = 20.0
     grow_when_stable: bool = True
     noise_margin: float = 0.5

@@ -85,7 +85,7 @@ def test_what_holds_a_window_back(changes, given_noise):
 def test_an_unknown_noise_holds_and_says_how_it_will_become_known():
     alone = NoiseConfig()
     assert propose(CONFIG, state(), None).reason == "noise unknown: 0 windows measured so far"
-    assert "one in 8 is a probe window" in propose(alone, state(alone), None).reason
+    assert "one in 16 is a probe window" in propose(alone, state(alone), None).reason
     blind = replace(alone, probe_interval=0)
     assert "nothing is probed" in propose(blind, state(blind), None).reason
     advise = replace(alone, mode="advise")
