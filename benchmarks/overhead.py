@@ -53,7 +53,7 @@ NEVER = 10**9
 CLIP = 1.0
 SMALL = 200  # bytes; every parameter of our models is larger, and no row of norms is
 MIN_ROUNDS = 3
-SECONDS = 360.0  # after which each comparison still makes one round
+SECONDS = 390.0  # after which each comparison still makes one round
 RESULTS = Path(__file__).parent / "results"
 REFERENCE, CONTROL = "torch", "torch, again"
 
@@ -418,7 +418,8 @@ class Timing:
         parts: see the module's docstring.
         target: the largest ratio of CPU time (`parts`, if there is one; wall time on a GPU) that
             we aim at.
-        holds: "yes", "no", or "within noise" if the target lies between the quartiles.
+        holds: "yes", "no", "within noise" if the target lies between the quartiles, or "too few
+            rounds" to tell.
     """
 
     part: str
@@ -529,7 +530,7 @@ class Comparison:
             **ratios,
             parts=parts,
             target=target,
-            holds=target and verdict(parts or ratios[self.clock], target),
+            holds=target and verdict(parts or ratios[self.clock], target, len(ours)),
         )
 
 
@@ -563,7 +564,9 @@ def quartiles(values: Sequence[float]) -> tuple[float, ...]:
     return tuple(round(cut, 4) for cut in cuts)
 
 
-def verdict(ratio: Sequence[float], target: float) -> str:
+def verdict(ratio: Sequence[float], target: float, rounds: int) -> str:
+    if rounds < MIN_ROUNDS:
+        return "too few rounds"
     if ratio[-1] <= target:
         return "yes"
     return "no" if ratio[0] > target else "within noise"

@@ -124,7 +124,8 @@ def test_probes_are_mixed_in_as_often_as_by_default():
     [((0.9, 0.92, 0.95), "yes"), ((0.94, 0.96, 0.97), "within noise"), ((0.96, 1, 1), "no")],
 )
 def test_a_target_holds_if_the_upper_quartile_meets_it(ratio, word):
-    assert bench.verdict(ratio, 0.95) == word
+    assert bench.verdict(ratio, 0.95, rounds=3) == word
+    assert bench.verdict(ratio, 0.95, rounds=2) == "too few rounds"
 
 
 def test_tables_name_every_arm(results, timings, capsys):
