@@ -51,6 +51,9 @@ class Adaptation:
         max_norm: the norm at which its gradient is clipped; infinite for never.
     """
 
+    steps: int
+    max_norm: float
+
     def __init__(
         self,
         config: NoiseConfig,
@@ -186,6 +189,12 @@ class Adaptation:
         for window in read_rows(rows):
             self._controller = self._controller.learn(window)
             self._windows.append(window)
+
+    def shorten(self, steps: int) -> None:
+        """Let the open window be shorter than decided, as at the end of the data."""
+        if not 1 <= steps <= self.steps:
+            raise ValueError(f"the open window is of {self.steps}: it cannot become {steps}")
+        self.steps = steps
 
     def _open_window(self) -> None:
         """Fix what the next window uses, so that nothing changes inside it."""

@@ -18,6 +18,7 @@ from noiseopt.adaptation import Adaptation, Number
 from noiseopt.capture import BackwardCapture
 from noiseopt.control import RATE_RULES, NoiseConfig, Rates
 from noiseopt.optim import NoiseAware
+from noiseopt.optim.checks import check_external
 from noiseopt.readings import NoiseReadings
 
 
@@ -37,7 +38,7 @@ class NoiseMonitor(NoiseReadings):
 
     Raises:
         TypeError: the optimizer measures its noise by itself.
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or several ranks share the gradients.
 
     Example:
         >>> model = torch.nn.Linear(4, 1)
@@ -69,6 +70,7 @@ class NoiseMonitor(NoiseReadings):
             raise ValueError("mode is 'off': a monitor that measures nothing; leave it out instead")
         if rate_rule not in RATE_RULES:
             raise ValueError(f"rate_rule is {rate_rule!r}: it must be one of {tuple(RATE_RULES)}")
+        check_external(process_group)
         self.optimizer = optimizer
         self._grad_scaler = grad_scaler
         groups = optimizer.param_groups
@@ -107,6 +109,14 @@ class NoiseMonitor(NoiseReadings):
         """The norm at which the open window's gradient is to be clipped; infinite for never."""
         return self._adaptation.max_norm
 
+    def shorten_window(self, steps: int) -> None:
+        """Say before its last backward that the open window ends early, at the end of the data.
+
+        Raises:
+            ValueError: it would not be shorter.
+        """
+        self._adaptation.shorten(steps)
+
     def detach(self) -> None:
         """Stop watching: remove every hook."""
         self._capture.detach()
@@ -115,7 +125,8 @@ class NoiseMonitor(NoiseReadings):
 
     def state_dict(self) -> dict[str, Number]:
         """The state as plain numbers. An open window is left behind, and counted."""
-        return self._adaptation.to_numbers(dropped=len(self._capture))
+        numbers = self._adaptation.to_numbers(dropped=len(self._capture))
+        return numbers | {"monitor.micro_batches": self._micro_batches}
 
     def load_state_dict(self, state_dict: dict[str, Number]) -> None:
         """Go on from a state.
@@ -124,6 +135,7 @@ class NoiseMonitor(NoiseReadings):
             ValueError: it is of another version or number of groups; nothing is changed then.
         """
         self._adaptation.load_numbers(state_dict)
+        self._micro_batches = int(state_dict["monitor.micro_batches"])
         self._capture.clear()
 
     def _read_lr(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -131,6 +143,8 @@ class NoiseMonitor(NoiseReadings):
 
     @torch.no_grad()
     def _close_window(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if len(self._capture) == 0:
+            return  # as when checkpointing steps once to build the state: no window has ended
         adaptation = self._adaptation
         groups = [group["params"] for group in optimizer.param_groups]
         while adaptation.num_groups < len(groups):

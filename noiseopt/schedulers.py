@@ -1,23 +1,29 @@
 """What a `NoiseMonitor` decides, carried out on a plain torch optimizer by the user's own loop.
 
-monitor = NoiseMonitor(optimizer)
-schedule = NoiseAwareLR(monitor, CosineAnnealingLR(optimizer, T_max=len(loader)))
-clip = ClipScheduler(monitor)
-for window in AccumulationScheduler(monitor).windows(loader):
-for batch in window:
-(loss(model, batch) / len(window)).backward()
-clip.clip_()
-optimizer.step()
-schedule.step()
-optimizer.zero_grad()
+Example:
+    >>> model = torch.nn.Linear(4, 1)
+    >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    >>> monitor = NoiseMonitor(optimizer)
+    >>> schedule = NoiseAwareLR(monitor, torch.optim.lr_scheduler.LinearLR(optimizer))
+    >>> accumulation, clip = AccumulationScheduler(monitor), ClipScheduler(monitor)
+    >>> for window in accumulation.windows(torch.ones(6, 8, 4)):
+    ...     for batch in window:
+    ...         (model(batch).square().mean() / len(window)).backward()
+    ...     norm = clip.clip_()
+    ...     optimizer.step()
+    ...     schedule.step()
+    ...     optimizer.zero_grad()
+    >>> monitor.micro_batches
+    6
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -141,6 +147,7 @@ class AccumulationScheduler:
                 yield window
                 window = []
         if window:
+            self.monitor.shorten_window(len(window))
             yield window
 
 
@@ -162,9 +169,14 @@ class ClipScheduler:
     def clip_(self) -> Tensor:
         """Clip the gradients in place, by `torch.nn.utils.clip_grad_norm_`.
 
+        Under a GradScaler call its `unscale_` before it. What is not finite stays so: skipping it
+        is the GradScaler's part.
+
         Returns:
             Their norm before, 0-d.
         """
         params = [p for group in self.monitor.optimizer.param_groups for p in group["params"]]
         with torch.no_grad():
+            if self.max_norm == math.inf:
+                return get_total_norm([p.grad for p in params if p.grad is not None])
             return clip_grad_norm_(params, self.max_norm)

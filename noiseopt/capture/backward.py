@@ -6,6 +6,7 @@ the loop can clip or unscale it. No gradient is kept.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -78,6 +79,8 @@ class BackwardCapture:
             _refuse_nested_backward()
             self._task, self._current = task, [[] for _ in range(self._num_groups)]
             Variable._execution_engine.queue_callback(self._close_micro_batch)
+            if len(self) >= self._window_steps():
+                self._mean.clear()  # of a window that went on, or whose step was skipped
         self._current[group].append(self._passing.pop(param))
         if len(self) + 1 >= self._window_steps() and accumulated.grad is not None:
             self._mean[param] = group, squared_norm(accumulated.grad, self._device)
@@ -106,7 +109,8 @@ class BackwardCapture:
         """End the window at the optimizer's step.
 
         A backward brings h_i = w_i g_i: the loop has put the weight w_i, and a loss scale, on the
-        loss. `p.grad` is the loop's own: nothing is left to be done to it.
+        loss. `p.grad` is the loop's own: nothing is left to be done to it. The mean of a window
+        that is shorter than was announced is unknown (nan).
 
         Args:
             groups: the optimizer's parameters.
@@ -142,6 +146,8 @@ class BackwardCapture:
                 "call it once for each, or never"
             )
         big = torch.stack([self._group_mean(index, params) for index, params in enumerate(groups)])
+        if len(self) < self._window_steps():
+            big = big * math.nan  # the loop may have clipped or unscaled it: not to be learned from
         parts = torch.stack(self._small)
         self.clear()
         counts = torch.stack([parts.new_full((), value) for value in samples])

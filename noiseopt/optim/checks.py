@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _default_to_fused_or_foreach
+
+from noiseopt.distributed import world_size
 
 
 def check_group(group: dict[str, Any]) -> None:
@@ -25,6 +28,20 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(
             f"{sharded} of {len(group['params'])} parameters are sharded (DTensor), whose noise "
             "is not measured yet; use noise='off'"
+        )
+
+
+def check_external(process_group: dist.ProcessGroup | None) -> None:
+    """Refuse to measure in the backward where ranks share the gradients.
+
+    Raises:
+        ValueError: several ranks do: what passes in the backward is not synchronised yet.
+    """
+    ranks = world_size(process_group)
+    if ranks > 1:
+        raise ValueError(
+            f"measuring a loop's own accumulation on {ranks} ranks is not supported yet: use a "
+            "noise-aware optimizer with accumulation='internal'"
         )
 
 

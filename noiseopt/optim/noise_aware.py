@@ -28,7 +28,7 @@ from noiseopt.capture import (
 )
 from noiseopt.control import NoiseConfig
 from noiseopt.distributed import world_size
-from noiseopt.optim.checks import check_group, check_step, prefer_fused
+from noiseopt.optim.checks import check_external, check_group, check_step, prefer_fused
 from noiseopt.optim.hyper import decouples_weight_decay, overridden, scaled_values
 from noiseopt.optim.saving import SavesNoise
 
@@ -95,6 +95,7 @@ class NoiseAware(SavesNoise):
         self._window = GradientWindow(self._device, skip)
         self._loss_scale: float | Tensor = 1.0
         if self.config.accumulation == "external":
+            check_external(self._process_group)
             self._capture = BackwardCapture(self._all_params(), lambda: self.accumulation_steps)
         self._restore()
 
@@ -118,6 +119,15 @@ class NoiseAware(SavesNoise):
     def set_loss_scale(self, scale: float | Tensor) -> None:
         """With accumulation="external": the factor on the losses of the open window."""
         self._loss_scale = scale
+
+    def shorten_window(self, steps: int) -> None:
+        """With accumulation="external": say before its last backward that the window ends early.
+
+        Raises:
+            ValueError: it would not be shorter.
+        """
+        if self._adaptation:
+            self._adaptation.shorten(steps)
 
     @contextmanager
     def accumulate(self, model: torch.nn.Module) -> Iterator[None]:

@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from noiseopt import NoiseAwareAdamW, NoiseConfig
+from noiseopt import NoiseAwareAdamW, NoiseConfig, NoiseMonitor
 
 RANKS, BATCH, STEPS = 2, 4, 240
 CONFIG = NoiseConfig(
@@ -89,7 +89,21 @@ def accumulate_is_refused(rank: int) -> str:
     return str(caught.value)
 
 
-CASES = (adaptive_run, unsynchronised_step, accumulate_is_refused)
+def external_measuring_is_refused(rank: int) -> str:
+    net = model()
+    with pytest.raises(ValueError, match="on 2 ranks") as caught:
+        NoiseMonitor(torch.optim.AdamW(net.parameters()))
+    with pytest.raises(ValueError, match="on 2 ranks"):
+        NoiseAwareAdamW(net.parameters(), noise=NoiseConfig(accumulation="external"))
+    return str(caught.value)
+
+
+CASES = (
+    adaptive_run,
+    unsynchronised_step,
+    accumulate_is_refused,
+    external_measuring_is_refused,
+)
 
 
 def work(rank: int, port: int, folder: str) -> None:
@@ -151,3 +165,8 @@ def test_a_step_on_unsynchronised_gradients_is_an_error_on_every_rank(ranks):
 def test_skipping_synchronisation_is_refused_where_it_would_be_wrong(ranks):
     """accumulate() on several ranks says so instead of training on local gradients."""
     assert all("not supported yet" in rank["accumulate_is_refused"] for rank in ranks)
+
+
+def test_measuring_in_the_backward_is_refused_where_ranks_share_gradients(ranks):
+    """There the gradients are not synchronised yet; the remedy is named."""
+    assert all("accumulation='internal'" in r["external_measuring_is_refused"] for r in ranks)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch.amp.grad_scaler import GradScaler
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 
@@ -26,8 +27,6 @@ def attach(model, config, optimizer=None):
 
 def run(model, optimizer, monitor, batches, schedule=None, clip=None):
     for window in AccumulationScheduler(monitor).windows(batches):
-        if len(window) < monitor.accumulation_steps:
-            break  # a short last window is the data's end, not the monitor's
         for batch in window:
             (loss_of(model, batch) / len(window)).backward()
         if clip is not None:
@@ -42,6 +41,7 @@ def test_it_decides_and_trains_as_the_drop_in_optimizer_does_on_the_same_data():
     ours, plain, batches = build(), build(), draw(120)
     internal = NoiseAwareAdamW(ours.parameters(), lr=LR, noise=growing())
     train(ours, internal, batches)
+    internal.flush()
     optimizer, monitor, schedule, clip = attach(plain, growing())
     run(plain, optimizer, monitor, batches, schedule, clip)
     assert monitor.accumulation_steps == 4
@@ -59,6 +59,7 @@ def test_a_run_that_is_monitored_late_corrects_adam_as_one_that_loaded_the_same_
     internal = NoiseAwareAdamW(ours.parameters(), lr=LR, noise=growing())
     internal.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     train(ours, internal, batches)
+    internal.flush()
     _, monitor, schedule, clip = attach(plain, growing(), optimizer)
     run(plain, optimizer, monitor, batches, schedule, clip)
     assert monitor.num_updates == internal.num_updates
@@ -204,3 +205,59 @@ def test_detached_it_watches_and_scales_no_more():
     schedule.detach()
     train(model, optimizer, draw(3))
     assert monitor.num_updates == 0
+
+
+def test_a_short_last_window_is_measured_and_rated_as_what_it_is():
+    """Two of four announced: told so, the two are measured whole and get the rates of two."""
+    plain = build()
+    optimizer, monitor, _, clip = attach(plain, NoiseConfig(accumulation_steps=4, max_norm=1e-3))
+    windows = list(AccumulationScheduler(monitor).windows(draw(2)))
+    assert [len(window) for window in windows] == [2]
+    assert monitor.accumulation_steps == 2
+    grads = []
+    for batch in windows[0]:
+        loss_of(plain, batch).div(2).backward()
+        grads.append(torch.cat([p.grad.flatten().clone() for p in plain.parameters()]))
+    clip.clip_()
+    optimizer.step()
+    monitor.state_dict()
+    (window,) = monitor._adaptation._windows
+    assert window.norms.big_sq[0] == pytest.approx(grads[-1].square().sum().item(), rel=1e-5)
+    assert window.clipped
+
+
+def test_a_short_window_that_nobody_told_of_is_counted_and_not_learned_from():
+    plain = build()
+    optimizer, monitor, _, _ = attach(plain, NoiseConfig(accumulation_steps=4))
+    for batch in draw(2):
+        loss_of(plain, batch).backward()
+    optimizer.step()
+    numbers = monitor.state_dict()
+    assert numbers["num_updates"] == 1
+    assert numbers["estimator.windows"] == 0
+
+
+def test_a_window_cannot_be_lengthened():
+    _, monitor, _, _ = attach(build(), NoiseConfig(accumulation_steps=2))
+    with pytest.raises(ValueError, match="of 2: it cannot become 3"):
+        monitor.shorten_window(3)
+
+
+def test_checkpointing_may_build_the_state_of_a_monitored_optimizer():
+    """Its step without a backward ends no window."""
+    plain = build()
+    optimizer, monitor, _, _ = attach(plain, growing())
+    get_optimizer_state_dict(plain, optimizer)
+    assert monitor.num_updates == 0
+    assert optimizer.state
+
+
+def test_without_a_threshold_an_infinite_gradient_stays_what_it_is():
+    plain = build()
+    _, _, _, clip = attach(plain, growing())
+    loss_of(plain, draw(1)[0]).backward()
+    parameter = next(plain.parameters())
+    parameter.grad.view(-1)[0] = torch.inf
+    assert clip.max_norm == torch.inf
+    assert clip.clip_() == torch.inf
+    assert not parameter.grad.isnan().any()
