@@ -1004,10 +1004,11 @@ def main(arguments: Sequence[str]) -> None:
     device = torch.device(options.device)
     names = options.sizes or (("tiny",) if options.quick else FULL)
     rounds = options.rounds or (3 if options.quick else 200)
+    origin = origin_of(arguments, device)  # before others can commit what is not measured here
     results = run([SIZES[name] for name in names], options.peers, rounds, device)
     folder = options.output or (None if options.quick else RESULTS)
     if folder is not None:
-        append(results, origin_of(arguments, device), folder)
+        append(results, origin, folder)
 
 
 if __name__ == "__main__":
