@@ -60,9 +60,8 @@ class NoiseAwareLR(LRScheduler):
         self.monitor = monitor
         self.scheduler = scheduler
         self._decoupled = decouples_weight_decay(type(self.optimizer))
-        self._numbers = [
-            start_numbers(self.optimizer, group) for group in self.optimizer.param_groups
-        ]
+        # Filled at the first step, so that a state loaded before it counts.
+        self._numbers: list[dict[str, float]] = []
         self._saved: list[dict[str, Any]] = []
         self._advanced = monitor.micro_batches
         self._handles = [
@@ -70,6 +69,18 @@ class NoiseAwareLR(LRScheduler):
             self.optimizer.register_step_post_hook(self._restore),
             self.optimizer.register_state_dict_pre_hook(lambda optimizer: self._put_back()),
         ]
+
+    @property
+    def last_epoch(self) -> int:  # type: ignore[override]
+        """How far the user's schedule has advanced: by micro-batches."""
+        return self._advanced if self.scheduler is None else self.scheduler.last_epoch
+
+    @property
+    def base_lrs(self) -> list[Any]:  # type: ignore[override]
+        """The learning rates that the user's schedule starts from."""
+        if self.scheduler is not None:
+            return self.scheduler.base_lrs
+        return [group["lr"] for group in self.optimizer.param_groups]
 
     def step(self, epoch: int | None = None) -> None:
         """Advance the user's schedule by the micro-batches consumed since the last call."""

@@ -261,3 +261,20 @@ def test_without_a_threshold_an_infinite_gradient_stays_what_it_is():
     assert clip.max_norm == torch.inf
     assert clip.clip_() == torch.inf
     assert not parameter.grad.isnan().any()
+
+
+def test_a_checkpoint_loaded_after_the_schedule_was_built_counts():
+    """The second moment's age is read at the first step, and the schedule says where it is."""
+    trained, fresh = build(), build()
+    old = AdamW(trained.parameters(), lr=LR)
+    train(trained, old, draw(50))
+    optimizer, monitor, _, _ = attach(fresh, growing())
+    schedule = NoiseAwareLR(monitor, StepLR(optimizer, 100))
+    optimizer.load_state_dict(old.state_dict())
+    run(fresh, optimizer, monitor, draw(2), schedule)
+    assert (
+        schedule.state_dict()["second_moments"][0]["second_moment_updates"]
+        == 50 + monitor.num_updates
+    )
+    assert schedule.last_epoch == schedule.scheduler.last_epoch
+    assert schedule.base_lrs == [LR]
