@@ -31,6 +31,7 @@ import sys
 import time
 import warnings
 import weakref
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -169,7 +170,7 @@ class Watch:
             torch.cuda.synchronize()
 
 
-class Arm:
+class Arm(ABC):
     """One way to train; `run` is one micro-batch.
 
     `update` times what comes after the backward pass, `rest` what comes before.
@@ -202,8 +203,9 @@ class Arm:
         self.micro_batch()
         self.calls += 1
 
+    @abstractmethod
     def micro_batch(self) -> None:
-        raise NotImplementedError
+        """Do one micro-batch's work, timed by the clocks."""
 
 
 class Update(Arm):
