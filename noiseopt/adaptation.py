@@ -7,14 +7,15 @@ plain numbers. Optimizer and monitor share it.
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from noiseopt.capture import APPLIED, TAIL, Measured, read_rows
+from noiseopt.agreement import Agreement
+from noiseopt.capture import APPLIED, Measured, big_columns, read_rows
 from noiseopt.control import (
     RATE_RULES,
     Controller,
@@ -26,7 +27,7 @@ from noiseopt.control import (
     to_numbers,
     unknown,
 )
-from noiseopt.distributed import agree, check, world_size
+from noiseopt.distributed import Ranks, digest
 
 STATE_VERSION = 1
 KEPT_DECISIONS = 256
@@ -43,9 +44,10 @@ class Adaptation:
         config: the settings.
         rule: the name of the learning-rate rule.
         num_groups: how many parameter groups are measured.
-        process_group: the ranks that share the gradients; the default group if None.
+        ranks: those that take part.
 
     Attributes:
+        ranks: those that take part.
         num_groups: how many parameter groups are measured.
         steps: the length of the open window, in micro-batches on each rank.
         max_norm: the norm at which its gradient is clipped; infinite for never.
@@ -59,10 +61,10 @@ class Adaptation:
         config: NoiseConfig,
         rule: str,
         num_groups: int,
-        process_group: dist.ProcessGroup | None = None,
+        ranks: Ranks,
     ) -> None:
         self.config = config
-        self.process_group = process_group
+        self.ranks = ranks
         self.decisions: deque[Decision] = deque(maxlen=KEPT_DECISIONS)
         self.observers: list[Observer] = []
         self._rule, self.num_groups = RATE_RULES[rule], num_groups
@@ -76,11 +78,11 @@ class Adaptation:
         self._controller = controller
         self._rows: list[Tensor] = []
         self._windows: list[Window] = []
-        self._samples: list[float] = []
+        self._told: list[tuple[float, float]] = []
         self._losses: list[Tensor] = []
         self._started = False
         self.decisions.clear()
-        self._open_window()
+        self.join(self.ranks)
 
     @property
     def acts(self) -> bool:
@@ -90,19 +92,63 @@ class Adaptation:
     @property
     def num_updates(self) -> int:
         """Updates applied. On an accelerator this waits for it."""
-        at = 2 * self.num_groups + TAIL + APPLIED
-        return self._controller.state.num_updates + sum(int(row[at] > 0) for row in self._rows)
+        return self._controller.state.num_updates + sum(int(r[APPLIED] > 0) for r in self._rows)
 
     def rates(self, steps: int) -> Rates:
         """The factors for a window of so many steps: those of the latest decision."""
         return self._controller.rates(steps) if self.acts else Rates()
 
+    # ------------------------------------------------------------------ ranks
+
+    def join(self, ranks: Ranks) -> None:
+        """Take part with these ranks from the open window on, which must be empty."""
+        before = self._controller.state
+        self.ranks, self._agreement = ranks, Agreement(ranks)
+        self._controller = self._controller.on_ranks(ranks.data)
+        self._open_window()
+        if before.num_ranks not in (0, ranks.data):
+            logger.info(
+                "noise: goes on on %d instead of %d ranks, with windows of %d instead of %d",
+                *(ranks.data, before.num_ranks, self.steps, before.accumulation_steps),
+            )
+
+    def start(
+        self, groups: Sequence[Sequence[Tensor]], process_group: dist.ProcessGroup | None
+    ) -> None:
+        """See, before the first window, that every rank starts from the same: a collective.
+
+        Raises:
+            RuntimeError: ranks differ, which names what differs and how; or there are others than
+                when the hooks were set.
+        """
+        if Ranks.of(groups, process_group) != self.ranks:
+            raise RuntimeError(
+                f"the optimizer was built for {self.ranks.all} rank(s) and now there are others: "
+                "call torch.distributed.init_process_group() and fully_shard() before building it"
+            )
+        shapes = [[(tuple(p.shape), p.dtype) for p in params] for params in groups]
+        facts = {
+            "settings": repr(self.config),
+            "number of parameters": [len(params) for params in groups],
+            "digest of the parameters' shapes and types": digest(shapes),
+        }
+        self._learn()
+        self.ranks.compare(facts | self._common_state(), "what they start from")
+
+    def _common_state(self) -> dict[str, Number]:
+        """The state as far as ranks share it: what each has dropped is its own affair."""
+        numbers = to_numbers(self._controller.state)
+        del numbers["total_dropped"]
+        return numbers
+
     # ------------------------------------------------------------------ what the loop tells
 
-    def set_samples(self, samples: float) -> None:
-        """Say how many samples the next micro-batch holds."""
-        if not 0 < samples < math.inf:
-            raise ValueError(f"samples is {samples!r}: it must be positive and finite")
+    def set_samples(self, samples: float, weight: float | None = None) -> None:
+        """Say how many samples the next micro-batch holds, and its weight if that is another."""
+        weight = samples if weight is None else weight
+        for name, value in (("samples", samples), ("weight", weight)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value!r}: it must be positive and finite")
         if not self._controller.state.counts_samples:
             if self._num_windows or self._started:
                 raise RuntimeError(
@@ -111,7 +157,7 @@ class Adaptation:
                     "NoiseConfig.samples_per_micro_batch"
                 )
             self._controller = self._controller.counting_samples()
-        self._samples.append(float(samples))
+        self._told.append((float(samples), float(weight)))
 
     def report_loss(self, loss: float | Tensor) -> None:
         """Give the mean loss of the micro-batch; a tensor is not read before the next decision."""
@@ -122,45 +168,83 @@ class Adaptation:
         else:
             self._losses.append(torch.tensor(float(loss)))
 
-    def next_samples(self) -> float:
-        """The samples of the micro-batch that is taken now."""
+    def next_samples(self, device: torch.device, own: bool) -> tuple[float, float]:
+        """The samples of the micro-batch that is taken now, and its weight in the window's mean.
+
+        Where the ranks' gradients are averaged already, a weight that was told is averaged too:
+        each rank's own would make their sums differ.
+
+        Args:
+            device: where numbers are summed over ranks.
+            own: whether the gradient is this rank's own.
+        """
         self._started = True
-        return self.window_samples(1)[0]
+        told, self._told = self._told, []
+        if not told:
+            (samples,) = self._untold(1)
+            return samples, samples
+        samples, weight = told[-1]
+        averaged = self.ranks.all > 1 and not own and self.config.loss_reduction == "mean"
+        if averaged and self.steps > 1:
+            total = torch.tensor(weight, dtype=torch.float64, device=device)
+            weight = self.ranks.sum_(total, self.open_window).item() / self.ranks.all
+        return samples, weight
 
     def window_samples(self, micro_batches: int) -> list[float]:
         """The samples of a whole window's micro-batches, as far as they were told."""
         self._started = True
-        told, self._samples = self._samples, []
-        if told:
-            return told if micro_batches > 1 or len(told) == 1 else told[-1:]
-        if self.config.samples_per_micro_batch is None and self._controller.state.counts_samples:
+        told, self._told = self._told, []
+        counts = [samples for samples, _ in told]
+        if counts:
+            return counts if micro_batches > 1 else counts[-1:]
+        return self._untold(micro_batches)
+
+    def _untold(self, micro_batches: int) -> list[float]:
+        told_before = self._controller.state.counts_samples
+        if self.config.samples_per_micro_batch is not None:
+            return [self.config.samples_per_micro_batch] * micro_batches
+        if told_before or self.config.loss_reduction == "sum":
+            earlier = "for earlier micro-batches but not for this one"
+            why = earlier if told_before else "never, and loss_reduction is 'sum'"
             raise RuntimeError(
-                "set_samples() was called for earlier micro-batches but not for this one: call it "
-                "before every micro-batch, or set NoiseConfig.samples_per_micro_batch"
+                f"set_samples() was called {why}: call it before every micro-batch, or set "
+                "NoiseConfig.samples_per_micro_batch"
             )
-        return [self.config.samples_per_micro_batch or 1.0] * micro_batches
+        return [1.0] * micro_batches
 
     # ------------------------------------------------------------------ windows and decisions
 
-    def close_window(
-        self,
-        measured: Measured,
-        applied: Tensor | bool,
-        clipped: Tensor | bool,
-        lr: Callable[[], float],
-    ) -> None:
+    def agree(self, measured: Measured, extra: Tensor | None = None) -> Tensor:
+        """Make a window's row, summed over the ranks.
+
+        Args:
+            measured: its gradients' norms. Of the mean's, where ranks hold shards, this rank's
+                share; otherwise all of it, which is checked to be the same on all ranks.
+            extra: further numbers to sum over the ranks, in place.
+
+        Raises:
+            RuntimeError: ranks do not go together; see `Agreement`.
+        """
+        row = measured.row(self._losses)
+        self._losses = []
+        if self.ranks.all > 1:
+            mean = big_columns(row)
+            if not self.ranks.sharded:
+                mean /= self.ranks.all
+            of_all = torch.zeros_like(row[0]) if self.ranks.sharded else mean.sum()
+            extra = row.new_empty(0) if extra is None else extra
+            local = row[: self.num_groups].sum()
+            self._agreement.sum_(row, local, of_all, extra, self.open_window)
+            row[2 * self.num_groups :] /= self.ranks.model  # counts: of these no rank has a part
+        return row
+
+    def close_window(self, row: Tensor, lr: Callable[[], float]) -> None:
         """Queue a window; decide if a decision is due.
 
         Args:
-            measured: its gradients' norms.
-            applied: whether it ended in an update, 0-d.
-            clipped: whether its gradient was clipped, 0-d.
+            row: from `agree`, with how the window ended.
             lr: reads the user's learning rate; called only for a decision.
         """
-        row = measured.row(applied, clipped, self._losses)
-        self._losses = []
-        if world_size(self.process_group) > 1:
-            row = agree(row, self.process_group)
         self._rows.append(row)
         due = self._num_windows % self.config.decision_interval == 0
         if due:
@@ -171,6 +255,11 @@ class Adaptation:
                 observer(self.decisions[-1])
 
     @property
+    def open_window(self) -> str:
+        """The name of the open window, for errors."""
+        return f"window {self._num_windows + 1}"
+
+    @property
     def _num_windows(self) -> int:
         return self._controller.state.num_windows + len(self._rows)
 
@@ -178,22 +267,25 @@ class Adaptation:
         self._learn()
         self._controller, decision = self._controller.decide(lr, tuple(self._windows))
         self._windows = []
+        if self.ranks.all > 1:
+            self._agreement.set_state(self._common_state())
         self.decisions.append(decision)
 
     def _learn(self) -> None:
         """Take in every queued row. This waits for the device."""
         rows, self._rows = self._rows, []
-        if rows and world_size(self.process_group) > 1:
-            check(torch.stack(rows)[:, -1].nan_to_num(nan=0.0).max().item())
-            rows = [row[:-1] for row in rows]
-        for window in read_rows(rows):
+        self._agreement.check()
+        for window in read_rows(rows, self.ranks.data):
             self._controller = self._controller.learn(window)
             self._windows.append(window)
 
-    def shorten(self, steps: int) -> None:
-        """Let the open window be shorter than decided, as at the end of the data."""
-        if not 1 <= steps <= self.steps:
-            raise ValueError(f"the open window is of {self.steps}: it cannot become {steps}")
+    def shorten(self, steps: int, taken: int) -> None:
+        """Let the open window, of which so many were taken, be shorter than was decided."""
+        if not max(taken, 1) <= steps <= self.steps:
+            raise ValueError(
+                f"the open window is of {self.steps}, of which {taken} were taken: it cannot "
+                f"become {steps}"
+            )
         self.steps = steps
 
     def _open_window(self) -> None:
@@ -244,7 +336,7 @@ class Adaptation:
 
     def describe(self, num_params: int, num_groups: int) -> str:
         """One line on what is measured and what is not known yet."""
-        config, ranks = self.config, world_size(self.process_group)
+        config, ranks = self.config, self.ranks.data
         line = (
             f"noise {config.mode}: {num_params} parameters in {num_groups} groups, {ranks} "
             f"{'rank' if ranks == 1 else 'ranks'}, window of {self.steps}"
@@ -260,4 +352,6 @@ class Adaptation:
     def can_measure(self) -> bool:
         """Whether windows as they are, or probes, will show the noise."""
         probes = self.acts and self.config.probe_interval > 0
-        return self.steps > 1 or (probes and self.config.max_accumulation_steps > 1)
+        return self.steps * self.ranks.data > 1 or (
+            probes and self.config.max_accumulation_steps > 1
+        )

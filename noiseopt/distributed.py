@@ -1,59 +1,213 @@
-"""One small all-reduce that makes every rank hold the same numbers, and so decide alike."""
+"""The ranks that train one model: which they are, and what they tell one another.
+
+Every decision rests on numbers that were summed over all of them, in one small all-reduce for each
+update, so every rank decides alike. Collectives are called here and nowhere else.
+"""
+
+import logging
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
 
-from noiseopt.capture import TAIL
+from noiseopt.capture import Share, is_sharded, share_among, unsharded_leaves
 
-TOLERANCE = 1e-6
+BUCKET_BYTES = 25 * 2**20
+DIGESTS = 2**16  # so few that sums of their squares show the least difference in fp64
+
+# torch's own, which have no types.
+_buckets: Any = _take_tensors
+_flatten: Any = _flatten_dense_tensors
+_unflatten: Any = _unflatten_dense_tensors
+
+logger = logging.getLogger("noiseopt")
 
 
 def world_size(group: dist.ProcessGroup | None) -> int:
-    """Ranks that share the gradients; 1 where nothing is distributed."""
+    """Ranks in a process group; 1 where nothing is distributed."""
     if not (dist.is_available() and dist.is_initialized()):
         return 1
     return dist.get_world_size(group)
 
 
-def agree(row: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Reduce a window's row over the ranks.
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """The ranks that take part in one optimizer's updates.
 
-    The gradients that entered it are means over the ranks already (as under DDP), so their norms
-    are equal on all of them, and their sample counts add up.
-
-    Args:
-        row: from `Measured.row`.
-        group: the data-parallel group; the default group if None.
-
-    Returns:
-        The row of the whole group, with the relative spread of the mean's norm over the ranks
-        appended; see `check`.
+    Attributes:
+        data: how many see different micro-batches.
+        model: over how many each of those spreads its model, as by tensor parallelism.
+        sharded: whether `p.grad` holds only a part of the gradient.
+        groups: the process groups to sum over in turn, to sum over all; None for the default one.
     """
-    ranks = world_size(group)
-    groups = (row.numel() - TAIL) // 2
-    big = row[groups : 2 * groups].sum()
-    joined = torch.cat([row, big.reshape(1), big.square().reshape(1)])
-    dist.all_reduce(joined, group=group)
-    total, total_sq = joined[-2], joined[-1]
-    spread = (ranks * total_sq - total.square()) / total.square().clamp_min(1e-300)
-    reduced = joined[:-2] / ranks
-    tail = 2 * groups
-    reduced[tail : tail + 2] /= ranks
-    reduced[tail + 3] *= ranks
-    return torch.cat([reduced, spread.reshape(1)])
+
+    data: int = 1
+    model: int = 1
+    sharded: bool = False
+    groups: tuple[dist.ProcessGroup | None, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        groups: Sequence[Sequence[Tensor]],
+        process_group: dist.ProcessGroup | None,
+    ) -> "Ranks":
+        """Those that share the gradients of some parameters.
+
+        Args:
+            groups: the optimizer's parameters.
+            process_group: the data-parallel ranks, where no mesh says so; the default group if
+                None.
+
+        Raises:
+            ValueError: parameters are averaged over different ranks, or `process_group`
+                contradicts their mesh.
+        """
+        params = [param for params in groups for param in params]
+        managed = {slot[2] for _, slots in unsharded_leaves(params) for slot in slots}
+        layouts = {_layout(param, param in managed) for param in params if is_sharded(param)}
+        if not layouts:
+            data = world_size(process_group)
+            return cls(data, groups=(process_group,) if data > 1 else ())
+        sizes = {layout.data for layout in layouts if layout.data}
+        if len({layout.ranks for layout in layouts if layout.data}) > 1:
+            raise ValueError(
+                "the parameters are sharded over different meshes, as experts are, and their "
+                "gradients averaged over different ranks, which is not measured yet: use "
+                "noise='off', or give each mesh's parameters an optimizer of their own"
+            )
+        model = max(layout.model for layout in layouts)
+        widest = max(layouts, key=lambda layout: len(layout.ranks)).mesh
+        told = world_size(process_group) if process_group is not None else None
+        data = max(sizes) if sizes else told or max(world_size(None) // model, 1)
+        if told not in (None, data):
+            raise ValueError(
+                f"process_group has {told} ranks, but the mesh averages gradients over {data}: "
+                "leave process_group out"
+            )
+        return cls(data, model, True, _groups(widest, data * model, process_group))
+
+    @property
+    def all(self) -> int:
+        """How many there are."""
+        return self.data * self.model
+
+    @property
+    def share(self) -> Share | None:
+        """How this rank's part of a gradient counts in a sum over all; None where it is alone."""
+        return share_among(self.all) if self.all > 1 else None
+
+    def sum_(self, numbers: Tensor, what: str) -> Tensor:
+        """Sum a tensor over all ranks, in place. On an accelerator nothing waits for it.
+
+        Args:
+            numbers: contiguous.
+            what: what is being summed, for the error.
+
+        Raises:
+            RuntimeError: some rank does not take part.
+        """
+        try:
+            for group in self.groups:
+                dist.all_reduce(numbers, group=group)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {dist.get_rank()} waited in vain for the {self.all - 1} others in {what}: "
+                "one of them has stopped, raised, or brought fewer micro-batches (run uneven data "
+                f"inside accumulate(), and call flush() on every rank at its end): {error}"
+            ) from error
+        return numbers
+
+    def sum_gradients_(self, grads: Sequence[Tensor], what: str) -> None:
+        """Sum gradients over all ranks, in place, in as few collectives as buckets allow.
+
+        Args:
+            grads: dense; of the same shapes, in the same order, on every rank.
+            what: what is being summed, for the error.
+        """
+        for bucket in _buckets([_real(grad) for grad in grads], BUCKET_BYTES):
+            flat = self.sum_(_flatten(bucket), what)
+            parts = _unflatten(flat, bucket)
+            for grad, part in zip(bucket, parts, strict=True):
+                if grad.data_ptr() != part.data_ptr():
+                    grad.copy_(part)
+
+    def warn(self, text: str) -> None:
+        """Log a warning once for all ranks."""
+        if dist.get_rank() == 0:
+            logger.warning("%s", text)
+
+    def compare(self, facts: Mapping[str, Any], what: str) -> None:
+        """See that every rank says the same. This waits for the device.
+
+        Args:
+            facts: what is to be equal, by name.
+            what: what is being compared, for the error.
+
+        Raises:
+            RuntimeError: ranks differ; names what differs, and how.
+        """
+        for group in self.groups:
+            told: list[Mapping[str, Any]] = [{}] * dist.get_world_size(group)
+            dist.all_gather_object(told, dict(facts), group=group)
+            names = sorted({name for each in told for name in each})
+            differing = [n for n in names if any(each.get(n) != told[0].get(n) for each in told)]
+            if differing:
+                lines = [f"{n}: {[each.get(n) for each in told]}" for n in differing[:8]]
+                raise RuntimeError(
+                    f"ranks disagree on {what} (one value for each rank in its group): "
+                    + "; ".join(lines)
+                )
 
 
-def check(spread: float) -> None:
-    """Refuse to go on with gradients that were not synchronised.
+@dataclass(frozen=True)
+class _Layout:
+    """Over which ranks a sharded parameter lies: those with different data, and those without."""
 
-    Raises:
-        RuntimeError: the mean gradient's norm differed between ranks.
-    """
-    if spread > TOLERANCE:
-        raise RuntimeError(
-            "gradients differ between ranks at step() (relative spread of the squared norm "
-            f"{spread:.2g}): the backward ran without synchronisation, for instance under "
-            "no_sync() or on a model that is not wrapped; synchronise the gradients, or pass a "
-            "process_group of the ranks that share them"
-        )
+    ranks: tuple[int, ...]
+    data: int
+    model: int
+    mesh: Any
+
+
+def _layout(param: Any, managed: bool) -> _Layout:
+    mesh = param.device_mesh
+    ranks = tuple(sorted(mesh.mesh.flatten().tolist()))
+    if not managed:
+        return _Layout(ranks, 0, mesh.size(), mesh)
+    # FSDP2 puts its own dimensions first: replicas, if any, then shards.
+    split = [dim for dim, placed in enumerate(param.placements) if not placed.is_replicate()]
+    last = split[0] if split else mesh.ndim - 1
+    data = math.prod(mesh.size(dim) for dim in range(last + 1))
+    return _Layout(ranks, data, mesh.size() // data, mesh)
+
+
+def _groups(
+    mesh: Any, ranks: int, process_group: dist.ProcessGroup | None
+) -> tuple[dist.ProcessGroup | None, ...]:
+    if ranks == 1:
+        return ()
+    if ranks == world_size(None):
+        return (None,)
+    along = tuple(mesh.get_group(dim) for dim in range(mesh.ndim))
+    return along if mesh.size() == ranks else (*along, process_group)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def digest(facts: object) -> int:
+    """A small number that differs where the text of some facts differs, almost surely."""
+    return zlib.crc32(repr(facts).encode()) % DIGESTS
+
+
+def spread(total: float, total_sq: float, ranks: int) -> float:
+    """The relative variance over ranks of a number, from the sums of it and of its square."""
+    return (ranks * total_sq - total * total) / (total * total) if total else 0.0

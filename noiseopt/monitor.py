@@ -15,10 +15,10 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from noiseopt.adaptation import Adaptation, Number
-from noiseopt.capture import BackwardCapture
+from noiseopt.capture import BackwardCapture, big_columns, end_row
 from noiseopt.control import RATE_RULES, NoiseConfig, Rates
+from noiseopt.distributed import Ranks
 from noiseopt.optim import NoiseAware
-from noiseopt.optim.checks import check_external
 from noiseopt.readings import NoiseReadings
 
 
@@ -38,7 +38,7 @@ class NoiseMonitor(NoiseReadings):
 
     Raises:
         TypeError: the optimizer measures its noise by itself.
-        ValueError: an argument is out of range, or several ranks share the gradients.
+        ValueError: an argument is out of range.
 
     Example:
         >>> model = torch.nn.Linear(4, 1)
@@ -70,15 +70,15 @@ class NoiseMonitor(NoiseReadings):
             raise ValueError("mode is 'off': a monitor that measures nothing; leave it out instead")
         if rate_rule not in RATE_RULES:
             raise ValueError(f"rate_rule is {rate_rule!r}: it must be one of {tuple(RATE_RULES)}")
-        check_external(process_group)
         self.optimizer = optimizer
         self._grad_scaler = grad_scaler
-        groups = optimizer.param_groups
-        self._adaptation: Adaptation = Adaptation(
-            self.config, rate_rule, len(groups), process_group
-        )
+        self._process_group = process_group
+        self._started = False
+        groups = [group["params"] for group in optimizer.param_groups]
+        ranks = Ranks.of(groups, process_group)
+        self._adaptation: Adaptation = Adaptation(self.config, rate_rule, len(groups), ranks)
         self._capture = BackwardCapture(
-            [group["params"] for group in groups], lambda: self.accumulation_steps
+            groups, lambda: self.accumulation_steps, ranks.share if ranks.sharded else None
         )
         self._micro_batches = 0
         # The rates are read before the step, where no scheduler has scaled them; the window is
@@ -115,7 +115,7 @@ class NoiseMonitor(NoiseReadings):
         Raises:
             ValueError: it would not be shorter.
         """
-        self._adaptation.shorten(steps)
+        self._adaptation.shorten(steps, len(self._capture))
 
     def detach(self) -> None:
         """Stop watching: remove every hook."""
@@ -150,11 +150,14 @@ class NoiseMonitor(NoiseReadings):
         while adaptation.num_groups < len(groups):
             self._capture.add_group(groups[adaptation.num_groups])
             adaptation.add_group()
+        if not self._started:
+            self._started = True
+            adaptation.start(groups, self._process_group)
         samples = adaptation.window_samples(len(self._capture))
         self._micro_batches += len(samples)
-        measured = self._capture.close(groups, samples, self._loss_scale())
-        clipped = measured.big_norms.sum().sqrt() > adaptation.max_norm
-        adaptation.close_window(measured, True, clipped, self._lr)
+        row = adaptation.agree(self._capture.close(groups, samples, self._loss_scale()))
+        end_row(row, True, big_columns(row).sum().sqrt() > adaptation.max_norm)
+        adaptation.close_window(row, self._lr)
 
     def _loss_scale(self) -> float | Tensor:
         if self._grad_scaler is None or not self._grad_scaler.is_enabled():

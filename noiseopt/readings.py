@@ -41,18 +41,23 @@ class NoiseReadings:
         if self._adaptation:
             self._adaptation.observers.append(observer)
 
-    def set_samples(self, samples: float) -> None:
+    def set_samples(self, samples: float, weight: float | None = None) -> None:
         """Say how many samples the next micro-batch holds.
 
-        That is its weight in the window's mean. Where the loop accumulates by itself, call it once
-        for each micro-batch; the loop's mean is then taken to be weighted so.
+        That is its weight in the window's mean, too, unless another is given, such as its number of
+        tokens. Where the loop accumulates by itself, call it once for each micro-batch; the loop's
+        mean is then taken to be weighted by samples.
+
+        Args:
+            samples: n_i.
+            weight: w_i; the samples if None.
 
         Raises:
-            ValueError: the number is not positive and finite.
+            ValueError: a number is not positive and finite.
             RuntimeError: earlier micro-batches were counted without it.
         """
         if self._adaptation:
-            self._adaptation.set_samples(samples)
+            self._adaptation.set_samples(samples, weight)
 
     def report_loss(self, loss: float | Tensor) -> None:
         """Give the mean loss of the micro-batch, so that changes can be verified against it.

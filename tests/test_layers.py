@@ -17,7 +17,7 @@ LAYERS = (
     {"estimate"},
     {"control"},
     {"capture", "distributed"},
-    {"adaptation", "readings"},
+    {"adaptation", "agreement", "readings"},
     {"optim", "schedulers", "monitor"},
     {"", "__main__", "cli", "demo", "integrations", "plan", "record", "report"},
 )

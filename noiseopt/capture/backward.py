@@ -1,22 +1,19 @@
-"""Micro-batch gradients where they pass in the backward, for loops that accumulate by themselves.
+"""Windows that the loop accumulates in `p.grad` by itself: every backward's norm, and the sum's.
 
-A hook on each parameter reads the norm of what one backward brings; the hook after accumulation
-confirms it and, in the window's last backward, reads the norm of what has been accumulated, before
-the loop can clip or unscale it. No gradient is kept.
+The norm of what has been accumulated is read at the end of the window's last backward, after the
+ranks' gradients were averaged and before the loop can clip or unscale them. No gradient is kept.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Variable
-from torch.autograd.function import BackwardCFunction
 
-from noiseopt.capture.norms import device_of, squared_norm, squared_norms, sum_dtype
+from noiseopt.capture.norms import device_of, squared_norms
+from noiseopt.capture.passes import BackwardPasses
 from noiseopt.capture.row import Measured
+from noiseopt.capture.sharding import Share
 
 
 class BackwardCapture:
@@ -25,80 +22,43 @@ class BackwardCapture:
     Args:
         groups: the parameters of each group. Frozen ones are passed over.
         window_steps: tells how many backward passes the current window is to have.
+        share: how this rank's part of a gradient counts in the sum over ranks, if it is a part.
 
-    A backward pass is one micro-batch. Reentrant checkpointing runs others inside it, whose norms
-    would not add where they share a parameter: it is refused.
+    Attributes:
+        passes: the hooks. A backward pass is one micro-batch.
     """
 
-    def __init__(self, groups: Sequence[Sequence[Tensor]], window_steps: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Sequence[Tensor]],
+        window_steps: Callable[[], int],
+        share: Share | None = None,
+    ) -> None:
         self._window_steps = window_steps
-        self._num_groups = len(groups)
+        self._share = share
         self._device = device_of(groups)
-        self._handles: list[Any] = []
-        self._passing: dict[Tensor, Tensor] = {}
-        self._current: list[list[Tensor]] = []
-        self._mean: dict[Tensor, tuple[int, Tensor]] = {}
-        self._small: list[Tensor] = []
-        self._task = -1
-        self.watched: dict[Tensor, int] = {}
-        for index, params in enumerate(groups):
-            self._attach_all(params, index)
-
-    def add_group(self, params: Sequence[Tensor]) -> None:
-        """Watch one more group."""
-        self._attach_all(params, self._num_groups)
-        self._num_groups += 1
-        self._small = [torch.cat([norms, norms.new_zeros(1)]) for norms in self._small]
-
-    def _attach_all(self, params: Sequence[Tensor], group: int) -> None:
-        for param in params:
-            if param.requires_grad:
-                self._attach(param, group)
+        self._groups = [list(params) for params in groups]
+        self._mean: Tensor | None = None
+        self.passes = BackwardPasses(groups, self._read_mean, keep_nonfinite=True)
 
     def __len__(self) -> int:
         """How many backward passes the open window has had."""
-        return len(self._small)
+        return len(self.passes)
 
-    def _attach(self, param: Tensor, group: int) -> None:
-        self.watched[param] = group
+    def add_group(self, params: Sequence[Tensor]) -> None:
+        """Watch one more group."""
+        self._groups.append(list(params))
+        self.passes.add_group(params)
 
-        def before(grad: Tensor) -> None:
-            self._passing[param] = squared_norm(grad, self._device)
-
-        def after(accumulated: Tensor) -> None:
-            self._take(param, group, accumulated)
-
-        hooked: Any = param
-        self._handles.append(hooked.register_hook(before))
-        self._handles.append(hooked.register_post_accumulate_grad_hook(after))
-
-    def _take(self, param: Tensor, group: int, accumulated: Tensor) -> None:
-        task = torch._C._current_graph_task_id()
-        if task != self._task:
-            # What a backward that failed half-way has left is dropped here.
-            _refuse_nested_backward()
-            self._task, self._current = task, [[] for _ in range(self._num_groups)]
-            Variable._execution_engine.queue_callback(self._close_micro_batch)
-            if len(self) >= self._window_steps():
-                self._mean.clear()  # of a window that went on, or whose step was skipped
-        self._current[group].append(self._passing.pop(param))
-        if len(self) + 1 >= self._window_steps() and accumulated.grad is not None:
-            self._mean[param] = group, squared_norm(accumulated.grad, self._device)
-
-    def _close_micro_batch(self) -> None:
-        zero = torch.zeros((), dtype=sum_dtype(self._device), device=self._device)
-        self._small.append(
-            torch.stack([torch.stack([zero, *norms]).sum() for norms in self._current])
-        )
-        self._current = []
-        if len(self) >= self._window_steps():
-            self._read_untouched()
-
-    def _read_untouched(self) -> None:
-        """Read what the last backward did not bring, before the loop can change it."""
-        for param, group in self.watched.items():
-            if param.grad is not None and param not in self._mean:
-                self._mean[param] = group, squared_norm(param.grad, self._device)
+    def _read_mean(self) -> None:
+        if len(self) < self._window_steps():
+            return
+        watched = self.passes.watched
+        grads = [
+            [grad for p in params if p in watched and (grad := p.grad) is not None]
+            for params in self._groups
+        ]
+        self._mean = squared_norms(grads, self._device, self._share)
 
     def close(
         self,
@@ -122,33 +82,16 @@ class BackwardCapture:
             RuntimeError: the optimizer has parameters with a gradient that are not watched, or no
                 backward was seen.
         """
-        missing = [
-            param
-            for params in groups
-            for param in params
-            if param.grad is not None and param not in self.watched
-        ]
-        if missing:
-            raise RuntimeError(
-                f"{len(missing)} of the optimizer's parameters have a gradient but are not "
-                "watched: the model or the optimizer was changed after measuring began; attach "
-                "the monitor, or build the optimizer, after the change"
-            )
-        if not self._small:
-            raise RuntimeError(
-                "no backward pass was seen since the last step(): call loss.backward() on a loss "
-                "of the watched parameters first"
-            )
+        self._check(groups)
         samples = samples[self._forget_skipped() :]
         if len(samples) != len(self):
             raise ValueError(
                 f"set_samples() was called {len(samples)} times for {len(self)} backward passes: "
                 "call it once for each, or never"
             )
-        big = torch.stack([self._group_mean(index, params) for index, params in enumerate(groups)])
-        if len(self) < self._window_steps():
-            big = big * math.nan  # the loop may have clipped or unscaled it: not to be learned from
-        parts = torch.stack(self._small)
+        parts = torch.stack(self.passes.norms)
+        # A shorter window's sum the loop may have clipped or unscaled: not to be learned from.
+        big = parts.new_full((len(groups),), math.nan) if self._mean is None else self._mean
         self.clear()
         counts = torch.stack([parts.new_full((), value) for value in samples])
         weights = counts / counts.sum()
@@ -157,44 +100,39 @@ class BackwardCapture:
         used = weights * small.sum(1).isfinite()
         return Measured(small, big / scale_sq, counts, used, None)
 
+    def _check(self, groups: Sequence[Sequence[Tensor]]) -> None:
+        missing = [
+            param
+            for params in groups
+            for param in params
+            if param.grad is not None and param not in self.passes.watched
+        ]
+        if missing:
+            raise RuntimeError(
+                f"{len(missing)} of the optimizer's parameters have a gradient but are not "
+                "watched: the model or the optimizer was changed after measuring began; attach "
+                "the monitor, or build the optimizer, after the change"
+            )
+        if len(self) == 0:
+            raise RuntimeError(
+                "no backward pass was seen since the last step(): call loss.backward() on a loss "
+                "of the watched parameters first"
+            )
+
     def _forget_skipped(self) -> int:
         """Forget windows whose step a GradScaler skipped; return how many backwards they had."""
         extra = len(self) - self._window_steps()
-        if extra <= 0 or bool(torch.stack(self._small).isfinite().all()):
+        norms = self.passes.norms
+        if extra <= 0 or bool(torch.stack(norms).isfinite().all()):
             return 0
-        del self._small[:extra]
+        del norms[:extra]
         return extra
-
-    def _group_mean(self, group: int, params: Sequence[Tensor]) -> Tensor:
-        zero = torch.zeros((), dtype=sum_dtype(self._device), device=self._device)
-        parts = [norm for index, norm in self._mean.values() if index == group]
-        unread = [p.grad for p in params if p.grad is not None and p not in self._mean]
-        if unread:
-            parts.append(squared_norms([unread], self._device)[0])
-        return torch.stack([zero, *parts]).sum()
 
     def clear(self) -> None:
         """Forget the open window."""
-        self._passing.clear()
-        self._mean.clear()
-        self._small, self._current = [], []
+        self.passes.clear()
+        self._mean = None
 
     def detach(self) -> None:
         """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self.watched.clear()
-
-
-def _refuse_nested_backward() -> None:
-    """Raise where this backward runs inside the backward of another, as checkpoints may have it."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code is BackwardCFunction.apply.__code__:
-            raise RuntimeError(
-                "a backward pass runs inside another, as with reentrant checkpointing, and brings "
-                "a micro-batch's gradient in several parts: use checkpoint(use_reentrant=False), "
-                "or accumulation='internal'"
-            )
-        frame = frame.f_back
+        self.passes.detach()

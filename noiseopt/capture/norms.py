@@ -6,41 +6,72 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from noiseopt.capture.sharding import Share, local
+
 _EXACT = (torch.float32, torch.float64)
 _PIECE = 2**17
 
 
-def squared_norms(groups: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
+def squared_norms(
+    groups: Sequence[Sequence[Tensor]], device: torch.device, share: Share | None = None
+) -> Tensor:
     """|g|^2 of each group of gradients.
 
     The gradients' values enter as they are: of a loss that is a mean over samples, of one that is a
     sum, or of one that was multiplied by a loss scale.
 
     Args:
-        groups: the gradients of each parameter group; dense or sparse, real or complex.
+        groups: the gradients of each parameter group; dense or sparse, real or complex. Of a
+            DTensor this rank's part enters.
         device: where the result is wanted.
+        share: how each gradient's part counts where the result is summed over ranks.
 
     Returns:
         Shape (len(groups),), fp64 (fp32 where the device has no fp64). Nothing waits for it.
     """
+    if share is not None:
+        return torch.stack([_shared_norm(grads, device, share) for grads in groups])
     return torch.stack([_squared_norm(grads, device) for grads in groups])
 
 
-def squared_norm(grad: Tensor, device: torch.device) -> Tensor:
-    """|g|^2 of one gradient, 0-d: what `squared_norms` gives, in fewer operations."""
-    square = _square_cpu(grad) if grad.is_cpu else _squares_foreach([grad])[0]
-    return square.to(sum_dtype(grad.device)).to(device, sum_dtype(device), non_blocking=True)
+def begun_norm(grad: Tensor) -> Tensor:
+    """What one gradient adds to a norm, 0-d, in the fewest operations: see `joined_norm`."""
+    grad = local(grad)
+    if grad.is_cpu:
+        return _square_cpu(grad)
+    return torch._foreach_norm([_plain(grad)], 2, dtype=_wide(grad.dtype))[0]
+
+
+def joined_norm(begun: Sequence[Tensor], device: torch.device) -> Tensor:
+    """|g|^2 of all gradients together whose norms were begun, 0-d. Nothing waits for it."""
+    total = torch.zeros((), dtype=sum_dtype(device), device=device)
+    by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
+    for norm in begun:
+        by_device[norm.device].append(norm)
+    for source, norms in by_device.items():
+        stacked = torch.stack([norm.to(sum_dtype(source)) for norm in norms])
+        squares = stacked if source.type == "cpu" else stacked.square()
+        total += squares.sum().to(device, total.dtype, non_blocking=True)
+    return total
 
 
 def device_of(groups: Sequence[Sequence[Tensor]]) -> torch.device:
     """Where norms are kept: with the first parameter there is."""
-    devices = (param.device for params in groups for param in params)
+    devices = (local(param).device for params in groups for param in params)
     return next(devices, torch.device("cpu"))
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
     """The widest float type of a device."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _shared_norm(grads: Sequence[Tensor], device: torch.device, share: Share) -> Tensor:
+    by_share: dict[float, list[Tensor]] = defaultdict(list)
+    for grad in grads:
+        by_share[share(grad)].append(local(grad))
+    parts = [_squared_norm(tensors, device) * part for part, tensors in by_share.items()]
+    return torch.stack(parts).sum() if parts else _squared_norm([], device)
 
 
 def _squared_norm(grads: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -95,3 +126,7 @@ def _squares_foreach(grads: list[Tensor]) -> Tensor:
     if wide:
         norms += torch._foreach_norm(wide, 2)
     return torch.stack(norms).to(sum_dtype(norms[0].device)).square()
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32

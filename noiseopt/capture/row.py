@@ -1,10 +1,12 @@
 """One window as one row of numbers on the device, and back to plain Python at a decision.
 
-Columns: sum of w_i |g_i|^2 for each group, |sum w_i g_i|^2 for each group, then
-sum w_i / n_i, sum w_i^2 / n_i, K, N, micro-batches, skipped, applied, clipped, sum of losses,
-number of losses.
+A row can be summed over ranks: its columns are sums over micro-batches, and the weights w_i are
+divided by their own sum only when it is read. Columns: sum of w_i |g_i|^2 for each group,
+|mean|^2 for each group, then sum w_i, sum w_i / n_i, sum w_i^2 / n_i, K, N, micro-batches, skipped,
+sum of losses, number of losses, applied, clipped.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,8 +16,8 @@ from torch import Tensor
 from noiseopt.control import Window
 from noiseopt.estimate import WindowNorms
 
-TAIL = 10
-APPLIED = -4
+TAIL = 11
+WEIGHT, STEPS, SKIPPED, APPLIED, CLIPPED = -11, -6, -5, -2, -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +26,11 @@ class Measured:
 
     Attributes:
         small_norms: |g_i|^2, shape (K, groups), those of skipped micro-batches included.
-        big_norms: |sum w_i g_i|^2, shape (groups,).
+        big_norms: |sum w_i g_i|^2, the w_i divided by their sum; shape (groups,).
         samples: n_i, shape (K,).
         weights: w_i up to a common factor, shape (K,); 0 for skipped micro-batches.
         scale: what `p.grad` is still to be multiplied by to be the mean; None for 1.
+        portions: how much of a micro-batch each gradient is, shape (K,); None for all of it.
     """
 
     small_norms: Tensor
@@ -35,54 +38,63 @@ class Measured:
     samples: Tensor
     weights: Tensor
     scale: Tensor | None
+    portions: Tensor | None = None
 
     def __len__(self) -> int:
-        """K, the micro-batches of the window, the skipped ones included."""
+        """K, the gradients of the window, the skipped ones included."""
         return self.small_norms.shape[0]
 
-    def row(
-        self, applied: Tensor | bool, clipped: Tensor | bool, losses: Sequence[Tensor]
-    ) -> Tensor:
-        """The window as one row, shape (2 * groups + 10,). Nothing waits for it.
+    def row(self, losses: Sequence[Tensor]) -> Tensor:
+        """The window as one row, shape (2 * groups + 11,), as if applied and not clipped.
+
+        Nothing waits for it.
 
         Args:
-            applied: whether the window ended in an update, 0-d.
-            clipped: whether its gradient was clipped, 0-d.
             losses: the losses reported in it, each 0-d.
         """
-        alone = len(self) == 1 and self.small_norms.device.type == "cpu"
-        if alone and applied is True and self.weights.item() > 0:
-            return self._row_of_one(applied, clipped, losses)
-        used = (self.weights > 0) & applied  # without an update nothing was used
-        weights = self.weights / self.weights.sum()
-        small = torch.where(used[:, None], self.small_norms, 0.0).mul(weights[:, None]).sum(0)
-        ones, counted = torch.ones_like(weights), used.to(weights.dtype)
+        if len(self) == 1 and self.small_norms.device.type == "cpu" and self.weights.item() > 0:
+            return self._row_of_one(losses)
+        used = self.weights > 0
+        small = torch.where(used[:, None], self.small_norms, 0.0).mul(self.weights[:, None]).sum(0)
+        portions = torch.ones_like(self.weights) if self.portions is None else self.portions
+        counted = used.to(self.weights.dtype)
         sums = [
-            weights / self.samples,
-            weights.square() / self.samples,
+            self.weights,
+            self.weights / self.samples,
+            self.weights.square() / self.samples,
             counted,
             self.samples * counted,
-            ones,
-            ones - counted,
+            portions,
+            portions * (1 - counted),
         ]
-        rest: list[Tensor | float] = [
-            applied,
-            clipped,
-            sum(loss.to(small.device, small.dtype, non_blocking=True) for loss in losses),
-            len(losses),
-        ]
-        tail = torch.stack(sums).sum(1), torch.stack([_like(value, small) for value in rest])
-        return torch.cat([small, self.big_norms, *tail])
+        loss = sum(loss.to(small.device, small.dtype, non_blocking=True) for loss in losses)
+        rest = torch.stack([_like(value, small) for value in (loss, len(losses), 1.0, 0.0)])
+        return torch.cat([small, self.big_norms, torch.stack(sums).sum(1), rest])
 
-    def _row_of_one(
-        self, applied: Tensor | bool, clipped: Tensor | bool, losses: Sequence[Tensor]
-    ) -> Tensor:
-        """The same where it takes no arithmetic and reading is free: made as plain numbers."""
-        samples = self.samples.item()
-        ended = (float(applied), float(clipped), sum(map(float, losses)), len(losses))
-        tail = (1 / samples, 1 / samples, 1, samples, 1, 0, *ended)
-        norms = (*self.small_norms[0].tolist(), *self.big_norms.tolist())
-        return torch.tensor([*norms, *tail], dtype=self.small_norms.dtype)
+    def _row_of_one(self, losses: Sequence[Tensor]) -> Tensor:
+        """The same where it takes little arithmetic and reading is free: made as plain numbers."""
+        samples, weight = self.samples.item(), self.weights.item()
+        portion = 1.0 if self.portions is None else self.portions.item()
+        inverse = weight / samples
+        tail = (weight, inverse, weight * inverse, 1, samples, portion, 0)
+        ended = (sum(map(float, losses)), len(losses), 1, 0)
+        small = [weight * value for value in self.small_norms[0].tolist()]
+        numbers = [*small, *self.big_norms.tolist(), *tail, *ended]
+        return torch.tensor(numbers, dtype=self.small_norms.dtype)
+
+
+def end_row(row: Tensor, applied: Tensor | bool, clipped: Tensor | bool) -> None:
+    """Write into a row how its window ended. Nothing waits for it."""
+    if applied is not True:
+        row[APPLIED] = applied
+    if clipped is not False:
+        row[CLIPPED] = clipped
+
+
+def big_columns(row: Tensor) -> Tensor:
+    """The part of a row that holds |mean|^2, shape (groups,)."""
+    groups = (row.shape[-1] - TAIL) // 2
+    return row[groups : 2 * groups]
 
 
 def _like(value: Tensor | float, other: Tensor) -> Tensor:
@@ -91,31 +103,41 @@ def _like(value: Tensor | float, other: Tensor) -> Tensor:
     return other.new_full((), value)
 
 
-def read_rows(rows: Sequence[Tensor]) -> list[Window]:
-    """Bring rows to the host in one transfer. This waits for the device."""
-    return [_read(row) for row in torch.stack(list(rows)).tolist()] if rows else []
+def read_rows(rows: Sequence[Tensor], ranks: int) -> list[Window]:
+    """Bring rows to the host in one transfer. This waits for the device.
+
+    Args:
+        rows: summed over the ranks.
+        ranks: how many took part.
+    """
+    return [_read(row, ranks) for row in torch.stack(list(rows)).tolist()] if rows else []
 
 
-def _read(row: list[float]) -> Window:
+def _read(row: list[float], ranks: int) -> Window:
     groups = (len(row) - TAIL) // 2
     small, big, tail = row[:groups], row[groups : 2 * groups], row[2 * groups :]
-    inverse_small, inverse_big, count, samples, steps, skipped, applied, clipped = tail[:8]
+    weight, inverse_small, inverse_big, count, samples, steps, skipped = tail[:7]
+    loss_sum, loss_count, applied, clipped = tail[7:]
+    micro_batches = max(round(steps / ranks), 1)
     norms = None
-    if count > 0:
+    if applied <= 0:
+        skipped = steps  # without an update nothing was used
+    elif count > 0:
         norms = WindowNorms(
-            small_sq=tuple(small),
+            small_sq=tuple(value / weight for value in small),
             big_sq=tuple(big),
-            small_batch=1 / inverse_small,
-            big_batch=1 / inverse_big,
+            small_batch=weight / inverse_small,
+            big_batch=weight * weight / inverse_big,
             count=round(count),
             samples=samples,
         )
     return Window(
         norms=norms,
-        micro_batches=round(steps),
-        skipped=round(skipped),
+        micro_batches=micro_batches,
+        skipped=min(math.ceil(skipped / ranks - 1e-9), micro_batches),
         applied=applied > 0,
         clipped=clipped > 0,
-        loss_sum=tail[8],
-        loss_count=round(tail[9]),
+        loss_sum=loss_sum,
+        loss_count=round(loss_count),
+        ranks=ranks,
     )

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from noiseopt.capture.norms import squared_norms
+from noiseopt.capture.norms import squared_norms, sum_dtype
 from noiseopt.capture.row import Measured
+from noiseopt.capture.sharding import Share, local, whole
 
 _WIDE = {
     torch.float16: torch.float32,
@@ -29,50 +30,77 @@ class GradientWindow:
     Args:
         device: where the norms are kept.
         skip_nonfinite: leave micro-batches whose gradient is not finite out of the mean.
+        sums: whether `p.grad` comes as a sum of weight w_i, and not as a mean to be weighted so.
+        share: how this rank's part of a gradient counts in the sum over ranks, if it is a part.
+
+    Attributes:
+        alone: whether it holds gradients of this rank alone.
     """
 
-    def __init__(self, device: torch.device, skip_nonfinite: bool) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        skip_nonfinite: bool,
+        sums: bool = False,
+        share: Share | None = None,
+    ) -> None:
         self._device = device
         self._skip_nonfinite = skip_nonfinite
+        self._of_sums = sums
         self._norms: list[Tensor] = []
         self._samples: list[float] = []
+        self._weights: list[float] = []
         self._finite: list[Tensor | bool] = []
         self._sums: dict[Tensor, Tensor] = {}
         self._summed: set[Tensor] = set()
+        self._merged = False
+        self._share = share
+        self.alone = False
 
     def __len__(self) -> int:
         """How many micro-batches were taken, the skipped ones included."""
-        return len(self._norms)
+        return len(self._samples)
+
+    @property
+    def passed_over(self) -> bool:
+        """Whether there are micro-batches whose gradients are still to come."""
+        return len(self) > len(self._norms)
 
     @property
     def nbytes(self) -> int:
         """The memory that the sum holds."""
         return sum(buffer.nbytes for buffer in self._sums.values())
 
-    def take(self, groups: Groups, samples: float, closes: bool) -> Measured | None:
+    def take(
+        self,
+        groups: Groups,
+        samples: float,
+        weight: float,
+        closes: bool,
+        local_norms: Tensor | None = None,
+    ) -> Measured | None:
         """Take the micro-batch gradient that is in `p.grad`.
 
         Args:
             groups: the parameters of each group.
-            samples: n_i, the micro-batch's weight in the mean.
+            samples: n_i.
+            weight: w_i, the micro-batch's weight in the mean, on all ranks the same.
             closes: whether it is the window's last.
+            local_norms: what this rank's backwards brought to it before `p.grad` became a mean over
+                ranks, shape (passes, groups); see `LocalNorms`.
 
         Returns:
             None while the window stays open. At its end `p.grad` holds the weighted sum, and what
             is left to do is to multiply it by the returned `scale`.
         """
-        grads = _grads(groups)
-        norms = squared_norms(grads, self._device)
-        finite = self._judge(norms, grads, closes)
-        self._norms.append(norms)
-        self._samples.append(samples)
-        self._finite.append(finite)
+        norms = self._note(groups, samples, weight, closes, local_norms)
+        finite = self._finite[-1]
         if not closes:
             if finite is not False:
                 self._add(_pairs(groups))
             return None
-        if len(self) == 1:
-            return Measured(norms[None], norms, *self._weights(), None)
+        if len(self) == 1 and not self._of_sums:
+            return self._measured(norms, None)
         if finite is False:
             return self.flush(groups)
         if _is_narrow(groups):
@@ -81,36 +109,100 @@ class GradientWindow:
         self._merge(_pairs(groups))
         return self._measured_sum(groups)
 
+    def pass_over(self, samples: float, weight: float) -> None:
+        """Count a micro-batch whose gradient comes with that of the window's last one."""
+        self._samples.append(samples)
+        self._weights.append(weight)
+        self._finite.append(True)
+
     def flush(self, groups: Groups) -> Measured:
         """End the window with what was taken so far, leaving its sum in `p.grad`."""
-        if not _is_narrow(groups):
+        if not _is_narrow(groups) or self._of_sums:
             self._restore(groups)
             return self._measured_sum(groups)
         # A narrow type may not hold the sum: made the mean while it is wide, it is rounded once.
-        samples, weights = self._weights()
-        total = weights.sum()
+        total = self._counts()[1].sum()
         scale_all([self._sums[param] for param in self._summed], 1 / total)
         self._restore(groups)
-        big = squared_norms(_grads(groups), self._device) + 0 / total  # nan where nothing was left
-        return Measured(torch.stack(self._norms), big, samples, weights, None)
+        big = self._squared_norms(_grads(groups)) + 0 / total  # nan where nothing was left
+        return self._measured(big, None)
+
+    def take_alone(self, groups: Groups, samples: float, weight: float, closes: bool) -> None:
+        """Take a gradient that is this rank's own, towards a sum over all ranks; see `hand_out`."""
+        self.alone = True
+        self._note(groups, samples, weight, False, None)
+        if self._finite[-1] is False:
+            return
+        if closes and not _is_narrow(groups):
+            self._merge(_pairs(groups))
+            self._merged = True
+        else:
+            self._add(_pairs(groups))
+
+    def hand_out(self, groups: Groups) -> tuple[Measured, dict[Tensor, Tensor]]:
+        """End a window of this rank's own gradients, which may be empty.
+
+        Returns:
+            Its norms, those of the mean left out, and for each parameter that had a gradient the
+            weighted sum: `p.grad` itself, or a wider buffer where that is of a narrow type.
+        """
+        measured = self._measured(self._squared_norms([[] for _ in groups]), None)
+        if _is_narrow(groups):
+            return measured, {param: self._sums[param] for param in self._summed}
+        if not self._merged:
+            self._restore(groups)
+        return measured, dict(_pairs(groups))
+
+    def wide(self, param: Tensor) -> torch.dtype:
+        """The type in which a parameter's gradients are summed."""
+        return _WIDE.get(param.dtype, param.dtype)
 
     def add_group(self) -> None:
         """Count one more parameter group as without gradient in the window so far."""
-        self._norms = [torch.cat([norms, norms.new_zeros(1)]) for norms in self._norms]
+        self._norms = [torch.nn.functional.pad(norms, (0, 1)) for norms in self._norms]
 
     def clear(self, keep_memory: bool) -> None:
         """Start the next window."""
-        self._norms, self._samples, self._finite = [], [], []
+        self._norms, self._samples, self._weights, self._finite = [], [], [], []
         self._summed.clear()
+        self.alone = self._merged = False
         if not keep_memory:
             self._sums.clear()
+
+    def _note(
+        self,
+        groups: Groups,
+        samples: float,
+        weight: float,
+        closes: bool,
+        local_norms: Tensor | None,
+    ) -> Tensor:
+        """Count a micro-batch and keep its norms; return those of `p.grad`."""
+        grads = _grads(groups)
+        norms = self._squared_norms(grads)
+        finite = self._judge(norms, grads, closes)
+        self.pass_over(samples, weight)
+        self._finite[-1] = finite
+        behind = len(self) - len(self._norms)
+        if local_norms is None:
+            local_norms = norms[None]
+        if len(local_norms) % behind:
+            raise RuntimeError(
+                f"{len(local_norms)} backward passes were seen in {behind} micro-batches: run the "
+                "same number in each"
+            )
+        self._norms += torch.split(local_norms, len(local_norms) // behind)
+        return norms
 
     def _judge(self, norms: Tensor, grads: Groups, closes: bool) -> Tensor | bool:
         """Whether the micro-batch is finite: a bool on the CPU, elsewhere known to the device only.
 
         There what is not finite is zeroed instead, so that it adds nothing to the sum; alone in
-        its window it is left to the kernel's `found_inf`.
+        its window it is left to the kernel's `found_inf`. Where each rank holds but a part, one
+        cannot tell for the others: their window is judged as a whole.
         """
+        if self._share is not None:
+            return True
         if not self._skip_nonfinite:
             return True
         if self._device.type == "cpu":
@@ -124,7 +216,7 @@ class GradientWindow:
 
     def _add(self, pairs: Pairs) -> None:
         """Add the newest micro-batch's gradients to the sum, by their weight."""
-        weight = self._newest_weight
+        weight = self._newest_factor
         first: list[tuple[Tensor, Tensor]] = []
         sums: list[Tensor] = []
         grads: list[Tensor] = []
@@ -160,7 +252,7 @@ class GradientWindow:
 
     def _merge(self, pairs: Pairs) -> None:
         """Leave the sum in `p.grad`, to which the newest micro-batch is added here."""
-        weight = self._newest_weight
+        weight = self._newest_factor
         if weight != 1:
             torch._foreach_mul_([grad for _, grad in pairs], weight)
         sums: list[Tensor] = []
@@ -185,41 +277,71 @@ class GradientWindow:
             if param not in left:
                 param.grad = None
             elif param.grad is not None and param.grad.layout == torch.strided:
-                param.grad.copy_(self._sums[param])
+                local(param.grad).copy_(self._sums[param])
                 left.discard(param)
         self._hand_over(left)
 
     def _hand_over(self, params: Iterable[Tensor]) -> None:
         """Give sums away to parameters that have no gradient to hold them."""
         for param in params:
-            param.grad = self._sums.pop(param).to(param.dtype)
+            param.grad = whole(self._sums.pop(param).to(param.dtype), param)
 
     @property
-    def _newest_weight(self) -> float:
-        return self._samples[-1] / self._samples[0]
+    def _newest_factor(self) -> float:
+        """What the newest gradient is multiplied by in the sum."""
+        return 1.0 if self._of_sums else self._weights[-1] / self._unit
+
+    @property
+    def _unit(self) -> float:
+        """What weights are divided by; where they are to be summed over ranks, nothing."""
+        return 1.0 if self._of_sums or self.alone else self._weights[0]
+
+    def _squared_norms(self, grads: Groups) -> Tensor:
+        return squared_norms(grads, self._device, self._share)
 
     def _measured_sum(self, groups: Groups) -> Measured:
-        samples, weights = self._weights()
-        total = weights.sum()
-        big = squared_norms(_grads(groups), self._device) / total.square()
-        return Measured(torch.stack(self._norms), big, samples, weights, 1 / total)
+        big = self._squared_norms(_grads(groups))
+        if self._of_sums:
+            return self._measured(big, None)
+        total = self._counts()[1].sum()
+        return self._measured(big / total.square(), 1 / total)
 
-    def _weights(self) -> tuple[Tensor, Tensor]:
-        """n_i, and n_i / n_1 with 0 for what was left out; made on the device, without a copy."""
-        like, first = self._norms[0], self._samples[0]
-        if self._samples.count(first) == len(self):
-            samples = like.new_full((len(self),), first)
-            weights = torch.ones_like(samples)
-        else:
-            samples = torch.stack([like.new_full((), value) for value in self._samples])
-            weights = samples / samples[0]
+    def _measured(self, big: Tensor, scale: Tensor | None) -> Measured:
+        samples, weights, portions = self._counts()
+        small = torch.cat(self._norms) if self._norms else big.new_zeros(0, len(big))
+        if self._of_sums:
+            small = small / self._spread_out(self._weights).square()[:, None]
+        if portions is not None:
+            small = small / portions.square()[:, None]
+        return Measured(small, big, samples, weights, scale, portions)
+
+    def _counts(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """n_i, w_i with 0 for what was left out, and portions; made on the device, uncopied."""
+        samples = self._spread_out(self._samples)
+        weights = self._spread_out([weight / self._unit for weight in self._weights])
+        portions = None
+        if len(samples) > len(self):
+            portions = self._spread_out([1.0] * len(self))
+            passes = self._spread_out([float(len(norms)) for norms in self._norms])
+            samples, weights, portions = samples / passes, weights / passes, portions / passes
         if all(flag is True for flag in self._finite):
-            return samples, weights
-        finite = [
-            flag if isinstance(flag, Tensor) else like.new_full((), flag, dtype=torch.bool)
-            for flag in self._finite
+            return samples, weights, portions
+        finite = self._spread_out(self._finite)
+        return samples, weights * finite, portions
+
+    def _spread_out(self, values: Sequence[Tensor | float]) -> Tensor:
+        """A value of each micro-batch, for each of its gradients; shape (K,)."""
+        like = self._norms[0] if self._norms else torch.empty(0, dtype=sum_dtype(self._device))
+        if all(len(norms) == 1 for norms in self._norms):
+            first = values[0] if values else 0.0
+            if not isinstance(first, Tensor) and values.count(first) == len(values):
+                return like.new_full((len(values),), first)
+        spread = [
+            value.to(like.dtype) if isinstance(value, Tensor) else like.new_full((), value)
+            for value, norms in zip(values, self._norms, strict=True)
+            for _ in range(len(norms))
         ]
-        return samples, weights * torch.stack(finite)
+        return torch.stack(spread)
 
 
 def scale_all(tensors: Sequence[Tensor], factor: Tensor) -> None:
@@ -247,8 +369,8 @@ def _is_narrow(groups: Groups) -> bool:
 
 
 def _pairs(groups: Groups) -> list[tuple[Tensor, Tensor]]:
-    """The parameters that have a gradient, each with it."""
-    return [(p, grad) for group in groups for p in group if (grad := p.grad) is not None]
+    """The parameters that have a gradient, each with the part of it that is held here."""
+    return [(p, local(grad)) for group in groups for p in group if (grad := p.grad) is not None]
 
 
 def _grads(groups: Groups) -> list[list[Tensor]]:

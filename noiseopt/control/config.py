@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 
 MODES = ("auto", "advise", "off")
 ACCUMULATIONS = ("internal", "external")
+GRADIENTS = ("auto", "local")
+LOSS_REDUCTIONS = ("mean", "sum")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +23,12 @@ class NoiseConfig:
         accumulation: "internal": each call of `step()` brings one micro-batch and the optimizer
             averages a window of them. "external": the loop accumulates a whole window in `p.grad`,
             as long as `accumulation_steps` says, and calls `step()` once.
+        gradients: "auto": when `step()` is called `p.grad` holds the mean over ranks, as DDP and
+            FSDP2 leave it, except after `accumulate(model)`. "local": it holds this rank's own, as
+            of a model that is not wrapped, and the optimizer averages them.
+        loss_reduction: "mean": the loss is a mean over its micro-batch. "sum": it is a sum, and
+            `set_samples` says of how many or of what weight; the optimizer divides by the sum of
+            all, over ranks and micro-batches.
         samples_per_micro_batch: samples in one micro-batch on one rank. If not given, noise and
             batches are counted in micro-batches.
         half_life_fraction: half-life of the averages, as a share of the samples seen.
@@ -65,6 +73,8 @@ class NoiseConfig:
     min_accumulation_steps: int = 1
     max_accumulation_steps: int = 32
     accumulation: str = "internal"
+    gradients: str = "auto"
+    loss_reduction: str = "mean"
     samples_per_micro_batch: float | None = None
     half_life_fraction: float = 0.03
     half_life_windows: float = 32.0
@@ -98,6 +108,9 @@ class NoiseConfig:
             self._check_type(item.name, str(item.type))
         self._check("mode", self.mode in MODES, f"one of {MODES}")
         self._check("accumulation", self.accumulation in ACCUMULATIONS, f"one of {ACCUMULATIONS}")
+        self._check("gradients", self.gradients in GRADIENTS, f"one of {GRADIENTS}")
+        reductions = LOSS_REDUCTIONS
+        self._check("loss_reduction", self.loss_reduction in reductions, f"one of {reductions}")
         for name in _AT_LEAST_ONE:
             self._check(name, getattr(self, name) >= 1, "at least 1")
         for name in _NOT_NEGATIVE:
@@ -122,6 +135,9 @@ class NoiseConfig:
                 0 < self.samples_per_micro_batch < math.inf,
                 "positive and finite, or None to count micro-batches",
             )
+        if self.accumulation == "external":
+            self._check("gradients", self.gradients == "auto", "'auto': the loop averages them")
+            self._check("loss_reduction", self.loss_reduction == "mean", "'mean': the loop divides")
         self._check("noise_margin", self.noise_margin < math.inf, "finite")
         self._check(
             "probe_interval", self.probe_interval != 1, "0 (never) or at least 2 updates apart"

@@ -48,6 +48,29 @@ class Controller:
         groups = estimator.groups + (GroupNoise(0.0, 0.0),) * number
         return self._with(estimator=replace(estimator, groups=groups))
 
+    def on_ranks(self, ranks: int) -> "Controller":
+        """The same controller on so many ranks, its batches as near as whole windows allow.
+
+        The window, and what it is compared with, is counted in micro-batches on each rank: on
+        twice the ranks half as many make the same batch. What is in samples stays as it is.
+        """
+        state, config = self.state, self.config
+        if state.num_ranks in (0, ranks):
+            return self._with(
+                num_ranks=ranks, gradients_per_step=max(state.gradients_per_step, ranks)
+            )
+        ratio = state.num_ranks / ranks
+        low, high = config.min_accumulation_steps, config.max_accumulation_steps
+        return self._with(
+            num_ranks=ranks,
+            accumulation_steps=min(max(round(state.accumulation_steps * ratio), low), high),
+            reference_steps=state.reference_steps * ratio,
+            stable_steps=state.stable_steps * ratio,
+            gradients_per_step=max(round(state.gradients_per_step / ratio), 1),
+            micro_batches=state.micro_batches * ratio,
+            verification=state.verification.scaled(ratio),
+        )
+
     def window_steps(self, num_windows: int) -> int:
         """The length of the window after so many others: the decided one, or a probe of two."""
         steps, interval = self.state.accumulation_steps, self.config.probe_interval
@@ -78,15 +101,17 @@ class Controller:
             weight_decay=kappa / lr if config.adapt_weight_decay else 1.0,
         )
 
-    def batch(self, steps: int) -> float:
-        """Samples in a window of so many steps, by the mean micro-batch so far."""
+    def batch(self, steps: float) -> float:
+        """Samples in a window of so many steps on all ranks, by the mean micro-batch so far."""
         state = self.state
         if state.micro_batches and state.estimator.samples_seen:
             return steps * state.estimator.samples_seen / state.micro_batches
-        return steps * (self.config.samples_per_micro_batch or 1.0)
+        return steps * max(state.num_ranks, 1) * (self.config.samples_per_micro_batch or 1.0)
 
     def learn(self, window: Window) -> "Controller":
         """Take in one window."""
+        if window.ranks != self.state.num_ranks:
+            return self.on_ranks(window.ranks).learn(window)
         state = self.state
         estimator, norms, grad_norm = state.estimator, state.norms, 0.0
         gradients = state.gradients_per_step
@@ -148,6 +173,7 @@ class Controller:
             total_clipped=state.total_clipped,
             total_skipped=state.total_skipped,
             total_dropped=state.total_dropped,
+            ranks=max(state.num_ranks, 1),
             windows=windows,
         )
 
@@ -211,7 +237,7 @@ class Controller:
                 state,
                 verification=verification,
                 accumulation_steps=change.steps,
-                stable_steps=change.steps if state.phase != "decay" else state.stable_steps,
+                stable_steps=float(change.steps) if state.phase != "decay" else state.stable_steps,
                 noise_ratio=noise_ratio,
                 max_norm=self._threshold(change.steps),
             )

@@ -15,11 +15,13 @@ class Window:
     Attributes:
         norms: the squared norms of its gradients; None if no gradient in it was finite.
         micro_batches: micro-batches in it on one rank, the skipped ones included.
-        skipped: micro-batches left out because their gradient was not finite.
+        skipped: those of them left out because their gradient was not finite; the mean over the
+            ranks, rounded up.
         applied: whether it ended in an update.
         clipped: whether that update's gradient was clipped.
         loss_sum: sum of the reported losses, each a mean over one micro-batch.
         loss_count: how many losses were reported.
+        ranks: how many took part, each with its own micro-batches.
     """
 
     norms: WindowNorms | None
@@ -29,6 +31,7 @@ class Window:
     clipped: bool = False
     loss_sum: float = 0.0
     loss_count: int = 0
+    ranks: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,7 @@ class Decision:
         total_clipped: updates clipped so far.
         total_skipped: micro-batches skipped so far.
         total_dropped: micro-batches of open windows that checkpoints left behind.
+        ranks: how many ranks take part.
         windows: what was measured since the last decision, for replay.
     """
 
@@ -75,4 +79,5 @@ class Decision:
     total_clipped: int
     total_skipped: int
     total_dropped: int = 0
+    ranks: int = 1
     windows: tuple[Window, ...] = ()

@@ -17,6 +17,7 @@ def metrics(decision: Decision) -> dict[str, float]:
         "decide/num_updates": decision.num_updates,
         "decide/accumulation_steps": decision.accumulation_steps,
         "decide/batch": decision.batch,
+        "decide/ranks": decision.ranks,
         "decide/lr": decision.lr,
         "decide/lr_factor": decision.rates.lr,
         "decide/beta2_exponent": decision.rates.beta2,

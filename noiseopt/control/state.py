@@ -23,14 +23,16 @@ class ControllerState:
         norms: level and spread of the gradient norm.
         verification: the loss trend and a pending judgement.
         accumulation_steps: the decided window.
-        reference_steps: the window for which the user's rates were chosen.
-        stable_steps: the window when the schedule began to lower the learning rate.
+        reference_steps: the window for which the user's rates were chosen; not whole where that
+            was on another number of ranks.
+        stable_steps: the window when the schedule began to lower the learning rate; likewise.
         noise_ratio: the noise scale's lower bound over the reference batch; 0 while unknown.
         max_norm: the norm at which clipping begins, as last decided; infinite for never.
         num_windows: windows closed, with or without an update.
         num_updates: updates applied.
         gradients_per_step: independent gradients that each micro-batch brings, from all ranks.
-        micro_batches: micro-batches seen on one rank.
+        micro_batches: micro-batches seen on one rank, as if there had always been `num_ranks`.
+        num_ranks: ranks that take part; 0 while unknown.
         total_clipped: updates whose gradient was clipped.
         total_skipped: micro-batches left out because they were not finite.
         total_dropped: micro-batches of open windows that checkpoints left behind.
@@ -53,14 +55,15 @@ class ControllerState:
     norms: NormLevel
     verification: Verification
     accumulation_steps: int
-    reference_steps: int
-    stable_steps: int
+    reference_steps: float
+    stable_steps: float
     noise_ratio: float = 0.0
     max_norm: float = math.inf
     num_windows: int = 0
     num_updates: int = 0
     gradients_per_step: int = 1
-    micro_batches: int = 0
+    micro_batches: float = 0.0
+    num_ranks: int = 0
     total_clipped: int = 0
     total_skipped: int = 0
     total_dropped: int = 0
@@ -92,8 +95,8 @@ class ControllerState:
             norms=NormLevel(),
             verification=Verification(),
             accumulation_steps=steps,
-            reference_steps=steps,
-            stable_steps=steps,
+            reference_steps=float(steps),
+            stable_steps=float(steps),
             max_norm=config.max_norm,
             counts_samples=config.samples_per_micro_batch is not None,
         )

@@ -103,6 +103,10 @@ class Verification:
             return self
         return replace(self, revert_to=revert_to, seen=0, excess=0.0)
 
+    def scaled(self, ratio: float) -> "Verification":
+        """The same where windows have so many times the micro-batches on each rank."""
+        return replace(self, revert_to=max(round(self.revert_to * ratio), int(self.pending)))
+
     def finish(self) -> "Verification":
         """End the verification; the trend goes on from the points that come now."""
         return replace(self, revert_to=0, seen=0, excess=0.0)

@@ -4,12 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _default_to_fused_or_foreach
-
-from noiseopt.distributed import world_size
 
 
 def check_group(group: dict[str, Any]) -> None:
@@ -23,25 +20,18 @@ def check_group(group: dict[str, Any]) -> None:
             "differentiable=True cannot be measured: the window's sum is kept in place, outside "
             "the graph; use noise='off'"
         )
-    sharded = sum(hasattr(param, "device_mesh") for param in group["params"])
-    if sharded:
+    flat = sum(getattr(param, "_fsdp_flattened", False) for param in group["params"])
+    if flat:
         raise ValueError(
-            f"{sharded} of {len(group['params'])} parameters are sharded (DTensor), whose noise "
-            "is not measured yet; use noise='off'"
+            f"{flat} parameters belong to FullyShardedDataParallel (FSDP1), whose gradients are "
+            "not measured: shard the model with torch.distributed.fsdp.fully_shard, or use "
+            "noise='off'"
         )
-
-
-def check_external(process_group: dist.ProcessGroup | None) -> None:
-    """Refuse to measure in the backward where ranks share the gradients.
-
-    Raises:
-        ValueError: several ranks do: what passes in the backward is not synchronised yet.
-    """
-    ranks = world_size(process_group)
-    if ranks > 1:
+    expert = sum(getattr(param, "allreduce", True) is False for param in group["params"])
+    if expert:
         raise ValueError(
-            f"measuring a loop's own accumulation on {ranks} ranks is not supported yet: use a "
-            "noise-aware optimizer with accumulation='internal'"
+            f"{expert} parameters are marked allreduce=False, as experts are whose gradients are "
+            "averaged over other ranks, which is not measured yet: use noise='off'"
         )
 
 

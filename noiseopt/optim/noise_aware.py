@@ -18,17 +18,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from noiseopt.adaptation import Adaptation
-from noiseopt.capture import (
-    BackwardCapture,
-    GradientWindow,
-    Measured,
-    device_of,
-    scale_all,
-    squared_norms,
-)
+from noiseopt.capture import device_of, end_row, local, scale_all
 from noiseopt.control import NoiseConfig
-from noiseopt.distributed import world_size
-from noiseopt.optim.checks import check_external, check_group, check_step, prefer_fused
+from noiseopt.distributed import Ranks
+from noiseopt.optim.checks import check_group, check_step, prefer_fused
+from noiseopt.optim.collector import Ended, GradientCollector
 from noiseopt.optim.hyper import decouples_weight_decay, overridden, scaled_values
 from noiseopt.optim.saving import SavesNoise
 
@@ -88,15 +82,10 @@ class NoiseAware(SavesNoise):
         self._step_supports_amp_scaling = False
         self._decoupled = decouples_weight_decay(type(self))
         self._device = device_of(self._all_params())
-        self._adaptation = Adaptation(
-            self.config, self.rate_rule, len(self.param_groups), self._process_group
-        )
-        skip = self.config.skip_nonfinite and self._adaptation.acts
-        self._window = GradientWindow(self._device, skip)
-        self._loss_scale: float | Tensor = 1.0
-        if self.config.accumulation == "external":
-            check_external(self._process_group)
-            self._capture = BackwardCapture(self._all_params(), lambda: self.accumulation_steps)
+        groups = self._all_params()
+        ranks = Ranks.of(groups, self._process_group)
+        self._adaptation = Adaptation(self.config, self.rate_rule, len(groups), ranks)
+        self._collector = GradientCollector(self.config, ranks, groups, self._adaptation)
         self._restore()
 
     # ------------------------------------------------------------------ what is offered
@@ -118,45 +107,60 @@ class NoiseAware(SavesNoise):
 
     def set_loss_scale(self, scale: float | Tensor) -> None:
         """With accumulation="external": the factor on the losses of the open window."""
-        self._loss_scale = scale
+        if self._adaptation:
+            self._collector.loss_scale = scale
 
     def shorten_window(self, steps: int) -> None:
-        """With accumulation="external": say before its last backward that the window ends early.
+        """Say before its last micro-batch that the open window ends early, after so many.
 
         Raises:
-            ValueError: it would not be shorter.
+            ValueError: it would not be shorter, or has had more already.
         """
         if self._adaptation:
-            self._adaptation.shorten(steps)
+            self._adaptation.shorten(steps, len(self._collector))
 
     @contextmanager
     def accumulate(self, model: torch.nn.Module) -> Iterator[None]:
-        """Wrap the backward pass of one micro-batch, to skip synchronisation where it can be.
+        """Wrap forward and backward of one micro-batch: gradients are averaged once per window.
 
-        On a single rank there is none to skip.
+        Under DDP, or with a model that is not wrapped, each rank sums its own gradients in fp32 and
+        the optimizer averages the sums, weighted by their samples, when the window ends; ranks may
+        bring different numbers of micro-batches if each calls `flush` at the end of its data. FSDP2
+        sums unsharded gradients and reduces them in the window's last backward, each micro-batch
+        weighing the same; before that `p.grad` is None. On a single rank it does nothing.
+
+        Args:
+            model: the wrapped model.
 
         Raises:
-            ValueError: several ranks share the gradients, for which this is not supported yet.
+            ValueError: gradients are averaged by a mesh in a way that cannot wait.
         """
-        ranks = world_size(self._process_group)
-        if ranks > 1:
-            raise ValueError(
-                f"accumulate() on {ranks} ranks is not supported yet: run the backward without "
-                "it, synchronised in every micro-batch"
-            )
-        yield
+        if not self._adaptation:
+            yield
+            return
+        with self._collector.accumulate(model):
+            yield
 
     def flush(self) -> bool:
         """Apply an open window as it is, for instance at the end of the data.
 
+        Where ranks keep their own gradients (see `accumulate`), it goes on to take part in windows
+        until every rank has called it.
+
         Returns:
             Whether there was one to apply.
+
+        Raises:
+            RuntimeError: the open window's gradients are still in FSDP2's hands.
         """
-        if not self._adaptation or len(self._window) == 0:
+        if not self._adaptation:
             return False
+        windows = 0
         with torch.no_grad():
-            self._finish(self._window.flush(self._all_params()))
-        return True
+            for ended in self._collector.flush(self._all_params()):
+                self._finish(ended)
+                windows += 1
+        return windows > 0
 
     # ------------------------------------------------------------------ the step
 
@@ -186,42 +190,35 @@ class NoiseAware(SavesNoise):
 
     def _take_gradient(self, adaptation: Adaptation) -> None:
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        check_step(self.param_groups, params)
+        if params or not self._collector.waits:
+            check_step(self.param_groups, params)
         if self._only_builds_state(params):
             self._torch_step()
             return
         if not self._logged:
-            self._log_start(adaptation)
-        groups = self._all_params()
-        measured: Measured | None
-        if self._capture is not None:
-            samples = adaptation.window_samples(len(self._capture))
-            measured = self._capture.close(groups, samples, self._loss_scale)
-        else:
-            closes = len(self._window) + 1 >= adaptation.steps
-            measured = self._window.take(groups, adaptation.next_samples(), closes)
-        if measured is None:
-            self._applied = False
-        else:
-            self._finish(measured)
+            self._start(adaptation)
+        self._applied = False
+        ended = self._collector.take(self._all_params())
+        if ended is not None:
+            self._finish(ended)
 
-    def _finish(self, measured: Measured) -> None:
-        """Apply what `p.grad` holds, and close the window."""
+    def _finish(self, ended: Ended) -> None:
+        """Apply the mean that `p.grad` holds, and close the window."""
         assert self._adaptation is not None
         self._applied = False
         try:
-            self._applied, clipped = self._apply(measured)
+            self._applied, clipped = self._apply(ended)
         finally:
-            self._window.clear(keep_memory=True)
-        self._adaptation.close_window(measured, self._applied, clipped, self._user_lr)
+            self._collector.clear(keep_memory=True)
+        end_row(ended.row, self._applied, clipped)
+        self._adaptation.close_window(ended.row, self._user_lr)
         if self._adaptation.steps == 1:
-            self._window.clear(keep_memory=False)
+            self._collector.clear(keep_memory=False)
 
-    def _apply(self, measured: Measured) -> tuple[Tensor | bool, Tensor | bool]:
+    def _apply(self, ended: Ended) -> tuple[Tensor | bool, Tensor | bool]:
         """Clip, average and update in torch's kernel; return what of it was done."""
         assert self._adaptation is not None
-        norm = self._norm_to_apply(measured)
-        factor = measured.scale
+        norm, factor = ended.norm, ended.scale
         clipped: Tensor | bool = False
         if self._adaptation.max_norm < math.inf:
             coefficient = (self._adaptation.max_norm / norm).clamp(max=1.0)
@@ -234,7 +231,7 @@ class NoiseAware(SavesNoise):
             # The kernels that are not fused cannot skip by themselves: this reads the norm.
             elif not math.isfinite(norm.item()):
                 return False, False
-        self._update(len(measured), factor, found_inf)
+        self._update(ended.steps, factor, found_inf)
         return (~found_inf if isinstance(found_inf, Tensor) else True), clipped
 
     def _update(self, steps: int, factor: Tensor | None, found_inf: Tensor | bool) -> None:
@@ -278,11 +275,6 @@ class NoiseAware(SavesNoise):
             step = step.__wrapped__
         return step(self, closure)
 
-    def _norm_to_apply(self, measured: Measured) -> Tensor:
-        if self._capture is None:
-            return measured.big_norms.sum().sqrt()
-        return squared_norms([self._all_grads()], self._device)[0].sqrt()
-
     def _only_builds_state(self, params: list[Tensor]) -> bool:
         """Whether this is the zero step by which checkpointing makes an optimizer build its state.
 
@@ -291,7 +283,7 @@ class NoiseAware(SavesNoise):
         """
         if self.state or any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
-        return all(not p.grad.any() for p in params if p.grad is not None)
+        return all(not local(p.grad).any() for p in params if p.grad is not None)
 
     def _user_lr(self) -> float:
         return max(float(group["lr"]) for group in self.param_groups)
@@ -309,7 +301,9 @@ class NoiseAware(SavesNoise):
         exact = any(grad.dtype == torch.float64 for grad in self._all_grads())
         return self._all_fused and not exact
 
-    def _log_start(self, adaptation: Adaptation) -> None:
+    def _start(self, adaptation: Adaptation) -> None:
+        groups = self._all_params()
+        adaptation.start(groups, self._process_group)
         self._logged = True
         level = logging.INFO if adaptation.can_measure else logging.WARNING
         logger.log(level, "%s", self._describe(adaptation))

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from noiseopt.adaptation import Adaptation
-from noiseopt.capture import BackwardCapture, GradientWindow
 from noiseopt.control import NoiseConfig
 from noiseopt.optim.checks import check_group
+from noiseopt.optim.collector import GradientCollector
 from noiseopt.optim.hyper import UPDATES, start_numbers
 from noiseopt.readings import NoiseReadings
 
@@ -24,8 +24,7 @@ class SavesNoise(NoiseReadings, Optimizer):
 
     config: NoiseConfig
     _process_group: dist.ProcessGroup | None
-    _window: GradientWindow
-    _capture: BackwardCapture | None = None
+    _collector: GradientCollector
     _warned_of_open_window = False
 
     def _begin(self) -> None:
@@ -40,9 +39,7 @@ class SavesNoise(NoiseReadings, Optimizer):
             self.param_groups.append(group)
             self._adaptation.add_group()
             self._start_numbers(group)
-            self._window.add_group()
-            if self._capture is not None:
-                self._capture.add_group(group["params"])
+            self._collector.add_group(group["params"])
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state, as in torch, with plain numbers under "noise" in each group.
@@ -67,7 +64,7 @@ class SavesNoise(NoiseReadings, Optimizer):
         """Write the numbers into the groups, where every checkpointer finds them."""
         if not self._adaptation:
             return
-        dropped = len(self._window if self._capture is None else self._capture)
+        dropped = len(self._collector)
         if dropped and not self._warned_of_open_window:
             self._warned_of_open_window = True
             warnings.warn(
@@ -88,9 +85,7 @@ class SavesNoise(NoiseReadings, Optimizer):
             self._adaptation.load_numbers(numbers)
         else:
             self._adaptation.restart()
-        self._window.clear(keep_memory=False)
-        if self._capture is not None:
-            self._capture.clear()
+        self._collector.clear(keep_memory=False)
         for group in self.param_groups:
             self._start_numbers(group)
 

@@ -1,172 +1,597 @@
-"""Two real ranks over gloo: one estimate, one decision, one model.
+"""DDP on two real ranks: one estimate, one decision, one model.
 
-All cases run in one pair of workers, since starting them costs seconds. What every rank measures
-under DDP is the synchronised gradient, so a single process that sees both ranks' samples in each
-micro-batch is the oracle.
+A single process that takes all ranks' micro-batches in its window is the oracle: it has the same
+samples, the same gradients and the same weights.
 """
 
-import os
-import socket
+import functools
+import logging
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from noiseopt import NoiseAwareAdamW, NoiseConfig, NoiseMonitor
+from tests.distributed.ranks import RANKS, part, result, run_on_ranks, weights_of, windows_of
+from tests.optim.helpers import advise, build, draw, loss_of, train
 
-RANKS, BATCH, STEPS = 2, 4, 240
-CONFIG = NoiseConfig(
-    decision_interval=5,
-    probe_interval=2,
-    min_count=8,
-    dwell_updates=10,
-    samples_per_micro_batch=BATCH,
-    half_life_windows=8,
-)
-
-
-def data() -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(STEPS, RANKS * BATCH, 6, generator=generator, dtype=torch.float64)
-    y = torch.randn(STEPS, RANKS * BATCH, 3, generator=generator, dtype=torch.float64)
-    return x, 0.3 * x[..., :3] + y
+STEPS, LR = 24, 1e-2
+WAYS = {
+    "plainly": {},
+    "bucket views": {"gradient_as_bucket_view": True},
+    "static graph": {"static_graph": True},
+    "unused parameters": {"find_unused_parameters": True},
+    "small buckets": {"bucket_cap_mb": 0.0001},
+}
 
 
-def model() -> nn.Module:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+class WithSpare(nn.Module):
+    """A model that leaves a layer out of every other forward, and one out of all."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.sometimes, self.never = build(), build(seed=5), nn.Linear(3, 3).double()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.used(x) + (self.sometimes(x) if self.calls % 2 else 0)
 
 
-def train(net: nn.Module, optimizer: NoiseAwareAdamW, part: slice) -> int:
-    applied = 0
-    for x, y in zip(*data(), strict=True):
+def seen(optimizer, net):
+    return {
+        "windows": windows_of(optimizer),
+        "decisions": optimizer.decisions,
+        "weights": weights_of(net),
+    }
+
+
+def measured(steps):
+    return advise(steps, decision_interval=1, samples_per_micro_batch=4)
+
+
+def wrapped_run(rank, steps=1, dtype=torch.float64, model=build, **ways):
+    net = model() if model is WithSpare else model(dtype)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(steps))
+    batches = part(draw(STEPS * RANKS, dtype=dtype), rank)
+    train(DistributedDataParallel(net, **ways), optimizer, batches)
+    return seen(optimizer, net)
+
+
+def alone(steps, dtype=torch.float64, model=build):
+    net = model(dtype)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(RANKS * steps))
+    train(net, optimizer, draw(STEPS * RANKS, dtype=dtype))
+    return seen(optimizer, net)
+
+
+ADAPTIVE = {
+    "decision_interval": 5,
+    "min_count": 8.0,
+    "dwell_updates": 10,
+    "samples_per_micro_batch": 4,
+    "half_life_windows": 8.0,
+    "noise_margin": 1e3,
+}
+
+
+def adaptive_config(scale):
+    return NoiseConfig(
+        accumulation_steps=scale,
+        min_accumulation_steps=scale,
+        max_accumulation_steps=8 * scale,
+        **ADAPTIVE,
+    )
+
+
+def adaptive_run(rank):
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=adaptive_config(1))
+    wrapped, applied = DistributedDataParallel(net), 0
+    for batch in part(draw(240 * RANKS), rank):
         optimizer.zero_grad()
-        nn.functional.mse_loss(net(x[part]), y[part]).backward()
+        loss_of(wrapped, batch).backward()
         optimizer.step()
         applied += optimizer.applied
         assert optimizer.num_updates == applied
-    return applied
+    return seen(optimizer, net)
 
 
-def weights(net: nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in net.parameters()])
+def edited_run(rank, scales=(4096.0,), clip=None):
+    """Gradients unscaled and clipped between backward and step, as loops do."""
+    net = build(torch.float32)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
+    wrapped, scaler = DistributedDataParallel(net), GradScaler("cpu", init_scale=scales[0])
+    for index, batch in enumerate(part(draw(STEPS * RANKS, dtype=torch.float32), rank)):
+        scaler.scale(loss_of(wrapped, batch)).backward()
+        scaler.unscale_(optimizer)
+        if clip is not None:
+            nn.utils.clip_grad_norm_(net.parameters(), clip)
+        scaler.step(optimizer)
+        scaler.update(scales[(index + 1) % len(scales)])
+        optimizer.zero_grad()
+    return seen(optimizer, net)
 
 
-def adaptive_run(rank: int) -> dict:
-    net = model()
-    optimizer = NoiseAwareAdamW(net.parameters(), lr=1e-2, noise=CONFIG)
-    part = slice(rank * BATCH, (rank + 1) * BATCH)
-    applied = train(DistributedDataParallel(net), optimizer, part)
-    return {"decisions": optimizer.decisions, "weights": weights(net), "applied": applied}
+def clipped_alone(clip):
+    """What the clipped pipeline measures: each rank's part scaled as the mean of both is."""
+    net, found = build(torch.float32), []
+    optimizer = torch.optim.AdamW(net.parameters(), lr=LR)
+    both = draw(STEPS * RANKS, dtype=torch.float32)
+    for at in range(0, len(both), 2 * RANKS):
+        small, means = [], []
+        for step in range(2):
+            grads = [
+                torch.autograd.grad(loss_of(net, batch), list(net.parameters()))
+                for batch in both[at + RANKS * step : at + RANKS * (step + 1)]
+            ]
+            flat = [torch.cat([g.flatten() for g in grad]) for grad in grads]
+            mean = sum(flat) / RANKS
+            factor = min(1.0, clip / (float(mean.norm()) + 1e-6))
+            small += [float((factor * g).double().square().sum()) for g in flat]
+            means.append(factor * mean)
+        mean = sum(means) / 2
+        found.append((sum(small) / 4, float(mean.double().square().sum())))
+        for param, grad in zip(
+            net.parameters(), mean.split([p.numel() for p in net.parameters()]), strict=True
+        ):
+            param.grad = grad.view_as(param).clone()
+        optimizer.step()
+    return found
 
 
-def unsynchronised_step(rank: int) -> str:
-    net = model()
+def two_backwards_a_step(rank):
+    """The loop's own accumulation inside each call of step()."""
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(1))
     wrapped = DistributedDataParallel(net)
-    config = replace(CONFIG, decision_interval=1)
-    optimizer = NoiseAwareAdamW(net.parameters(), lr=1e-2, noise=config)
-    x, y = data()
-    part = slice(rank * BATCH, (rank + 1) * BATCH)
+    batches = part(draw(STEPS * RANKS), rank)
+    for first, second in zip(batches[::2], batches[1::2], strict=True):
+        with wrapped.no_sync():
+            (loss_of(wrapped, first) / 2).backward()
+        (loss_of(wrapped, second) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen(optimizer, net)
+
+
+def thrown_away_backwards(rank):
+    """A backward whose gradients are dropped, as a GAN's other half has it, is no micro-batch."""
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(1))
+    wrapped = DistributedDataParallel(net)
+    for batch in part(draw(STEPS * RANKS), rank):
+        (3 * loss_of(wrapped, batch)).backward()
+        optimizer.zero_grad()
+        loss_of(wrapped, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen(optimizer, net)
+
+
+def own_hook(rank):
+    """The user's communication hook stays theirs."""
+    net = build(torch.float32)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(1))
+    wrapped = DistributedDataParallel(net)
+    wrapped.register_comm_hook(None, fp16_compress_hook)
+    train(wrapped, optimizer, part(draw(STEPS * RANKS, dtype=torch.float32), rank))
+    return seen(optimizer, net)
+
+
+def uneven_weights(rank):
+    """Ranks whose micro-batches hold different numbers of samples stay together."""
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=advise(2, decision_interval=1))
+    wrapped = DistributedDataParallel(net)
+    sizes = [2, 6, 6, 2] if rank == 0 else [4, 2, 2, 8]
+    for batch in draw(4, sizes, seed=rank):
+        optimizer.set_samples(len(batch[0]))
+        loss_of(wrapped, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen(optimizer, net)
+
+
+def sum_batches(rank):
+    return draw(6, [2, 6, 3, 1, 5, 4] if rank == 0 else [4, 2, 2, 8, 1, 3], seed=rank)
+
+
+def summed_losses(rank):
+    """loss_reduction='sum': the mean is over all samples, wherever they are."""
+    net = build()
+    config = advise(2, decision_interval=1, loss_reduction="sum")
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=config)
+    wrapped = DistributedDataParallel(net)
+    for batch in sum_batches(rank):
+        optimizer.set_samples(len(batch[0]))
+        (loss_of(wrapped, batch) * len(batch[0])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen(optimizer, net)
+
+
+def unsynchronised_step(rank):
+    net = build()
+    wrapped = DistributedDataParallel(net)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=1e-2)
+    before = weights_of(net)
     with wrapped.no_sync():
-        nn.functional.mse_loss(wrapped(x[0][part]), y[0][part]).backward()
+        loss_of(wrapped, draw(2)[rank]).backward()
     with pytest.raises(RuntimeError, match="gradients differ between ranks") as caught:
+        optimizer.step()
+    assert torch.equal(before, weights_of(net))
+    return str(caught.value)
+
+
+def removed_gradients(rank):
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=1e-2)
+    loss_of(DistributedDataParallel(net), draw(2)[rank]).backward()
+    net[0].bias.grad = None
+    with pytest.raises(RuntimeError, match="1 of 4 gradients were removed"):
+        optimizer.step()
+
+
+def gradients_without_a_backward(rank):
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=1e-2)
+    for param in net.parameters():
+        param.grad = torch.ones_like(param)
+    with pytest.raises(RuntimeError, match="no backward pass was seen"):
+        optimizer.step()
+
+
+def external(rank, monitor):
+    """The loop accumulates two micro-batches under no_sync, as Accelerate and others do."""
+    net = build()
+    config = replace(measured(2), accumulation="external")
+    if monitor:
+        optimizer = torch.optim.AdamW(net.parameters(), lr=LR)
+        readings = NoiseMonitor(optimizer, config)
+    else:
+        optimizer = readings = NoiseAwareAdamW(net.parameters(), lr=LR, noise=config)
+    wrapped = DistributedDataParallel(net)
+    batches = part(draw(STEPS * RANKS), rank)
+    for first, second in zip(batches[::2], batches[1::2], strict=True):
+        with wrapped.no_sync():
+            (loss_of(wrapped, first) / 2).backward()
+        (loss_of(wrapped, second) / 2).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1e9)
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen(readings, net)
+
+
+def nonfinite_on_one_rank(rank, step):
+    """One rank's data spoils one micro-batch: it is left out on both."""
+    net = build()
+    config = NoiseConfig(
+        accumulation_steps=2,
+        min_accumulation_steps=2,
+        max_accumulation_steps=2,
+        adapt_clip=False,
+        decision_interval=1,
+    )
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=config)
+    batches = part(draw(8 * RANKS), rank)
+    if rank == 1:
+        batches[step] = (batches[step][0] * torch.inf, batches[step][1])
+    train(DistributedDataParallel(net), optimizer, batches)
+    return seen(optimizer, net) | {"skipped": optimizer.decision.total_skipped}
+
+
+def watched(messages):
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("noiseopt").addHandler(handler)
+    return handler
+
+
+def warnings_of(rank, same_data, same_randomness):
+    """What is logged where ranks see the same data, or drop out the same units."""
+    messages = []
+    handler = watched(messages)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    if not same_randomness:
+        torch.manual_seed(rank)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(1))
+    batches = draw(STEPS) if same_data else part(draw(STEPS * RANKS), rank)
+    train(DistributedDataParallel(net), optimizer, batches)
+    logging.getLogger("noiseopt").removeHandler(handler)
+    return [message for message in messages if "ranks" in message and "noise advise" not in message]
+
+
+def starts_that_differ(rank):
+    net = build()
+    config = measured(1 + rank)
+    optimizer = NoiseAwareAdamW(net.parameters(), noise=config)
+    loss_of(DistributedDataParallel(net), draw(2)[rank]).backward()
+    with pytest.raises(RuntimeError, match="ranks disagree on what they start from") as caught:
         optimizer.step()
     return str(caught.value)
 
 
-def accumulate_is_refused(rank: int) -> str:
-    net = model()
-    optimizer = NoiseAwareAdamW(net.parameters(), lr=1e-2)
-    with (
-        pytest.raises(ValueError, match="on 2 ranks") as caught,
-        optimizer.accumulate(DistributedDataParallel(net)),
-    ):
-        pass
+def rates_that_differ(rank):
+    """A schedule that runs on one rank only: decisions would part."""
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR * (1 + rank), noise=measured(1))
+    wrapped = DistributedDataParallel(net)
+    first, second, *_ = part(draw(4 * RANKS), rank)
+    train(wrapped, optimizer, [first])
+    loss_of(wrapped, second).backward()
+    with pytest.raises(RuntimeError, match="the state that decisions rest on") as caught:
+        optimizer.step()
     return str(caught.value)
 
 
-def external_measuring_is_refused(rank: int) -> str:
-    net = model()
-    with pytest.raises(ValueError, match="on 2 ranks") as caught:
-        NoiseMonitor(torch.optim.AdamW(net.parameters()))
-    with pytest.raises(ValueError, match="on 2 ranks"):
-        NoiseAwareAdamW(net.parameters(), noise=NoiseConfig(accumulation="external"))
-    return str(caught.value)
+def a_group_of_one(rank):
+    """Independent trainings side by side: each rank names a group of its own."""
+    groups = [dist.new_group([other]) for other in range(RANKS)]
+    net = build(seed=rank)
+    optimizer = NoiseAwareAdamW(
+        net.parameters(), lr=LR, noise=measured(2), process_group=groups[rank]
+    )
+    train(net, optimizer, draw(8, seed=rank))
+    return seen(optimizer, net)
 
 
-CASES = (
-    adaptive_run,
-    unsynchronised_step,
-    accumulate_is_refused,
-    external_measuring_is_refused,
-)
-
-
-def work(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
-    results = {case.__name__: case(rank) for case in CASES}
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+CASES = {
+    **{f"{way} {steps}": functools.partial(wrapped_run, steps=steps, **kwargs)
+       for way, kwargs in WAYS.items() for steps in (1, 3)},
+    "fp32": functools.partial(wrapped_run, steps=2, dtype=torch.float32),
+    "bf16": functools.partial(wrapped_run, steps=2, dtype=torch.bfloat16),
+    "spare": functools.partial(wrapped_run, steps=2, model=WithSpare, find_unused_parameters=True),
+    "adaptive": adaptive_run,
+    "scaled": edited_run,
+    "rescaled": functools.partial(edited_run, scales=(4096.0, 512.0, 2.0)),
+    "clipped": functools.partial(edited_run, clip=0.5),
+    "two backwards": two_backwards_a_step,
+    "thrown away": thrown_away_backwards,
+    "own hook": own_hook,
+    "uneven": uneven_weights,
+    "sums": summed_losses,
+    "unsynchronised": unsynchronised_step,
+    "removed": removed_gradients,
+    "no backward": gradients_without_a_backward,
+    "external": functools.partial(external, monitor=False),
+    "monitor": functools.partial(external, monitor=True),
+    "bad first": functools.partial(nonfinite_on_one_rank, step=2),
+    "bad last": functools.partial(nonfinite_on_one_rank, step=3),
+    "same data": functools.partial(warnings_of, same_data=True, same_randomness=True),
+    "same dropout": functools.partial(warnings_of, same_data=False, same_randomness=True),
+    "different": functools.partial(warnings_of, same_data=False, same_randomness=False),
+    "starts": starts_that_differ,
+    "rates": rates_that_differ,
+    "alone": a_group_of_one,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, args=(port, str(folder)), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+def ranks(tmp_path_factory):
+    return run_on_ranks(CASES, tmp_path_factory.mktemp("ddp"))
 
 
-def test_every_rank_decides_alike_and_holds_the_same_weights(ranks):
-    """Decision records and weights are bitwise equal on both ranks."""
-    first, second = (rank["adaptive_run"] for rank in ranks)
+def assert_same_windows(found, expected, rel):
+    assert len(found) == len(expected) > 0
+    for one, other in zip(found, expected, strict=True):
+        assert one.norms.count == other.norms.count
+        assert one.norms.samples == other.norms.samples
+        assert one.norms.small_sq == pytest.approx(other.norms.small_sq, rel=rel)
+        assert one.norms.big_sq == pytest.approx(other.norms.big_sq, rel=rel)
+        assert one.norms.small_batch == pytest.approx(other.norms.small_batch, rel=1e-12)
+        assert one.norms.big_batch == pytest.approx(other.norms.big_batch, rel=1e-12)
+
+
+def assert_agreed(first, second):
+    """Both ranks hold bitwise the same decisions and weights."""
     assert first["decisions"] == second["decisions"]
     assert torch.equal(first["weights"], second["weights"])
 
 
-def test_two_ranks_are_one_process_with_both_ranks_samples(ranks):
-    """The same windows, decisions and weights as a single process on the joined micro-batches."""
-    net = model()
-    config = replace(CONFIG, samples_per_micro_batch=RANKS * BATCH)
-    alone = NoiseAwareAdamW(net.parameters(), lr=1e-2, noise=config)
-    train(net, alone, slice(None))
-    together = ranks[0]["adaptive_run"]
-    assert any(decision.action == "grow" for decision in alone.decisions)
-    assert [d.accumulation_steps for d in together["decisions"]] == [
-        d.accumulation_steps for d in alone.decisions
-    ]
-    assert together["decisions"][-1].samples_seen == alone.decisions[-1].samples_seen
-    assert together["decisions"][-1].noise.scale == pytest.approx(alone.noise.scale, rel=1e-9)
-    torch.testing.assert_close(together["weights"], weights(net), rtol=0, atol=1e-9)
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("way", WAYS)
+def test_all_ranks_micro_batches_enter_one_estimate(ranks, way, steps):
+    first, second = result(ranks, f"{way} {steps}")
+    assert_agreed(first, second)
+    expected = alone(steps)
+    assert all(window.norms.count == RANKS * steps for window in first["windows"])
+    assert_same_windows(first["windows"], expected["windows"], 1e-10)
+    torch.testing.assert_close(first["weights"], expected["weights"], rtol=0, atol=1e-10)
 
 
-def test_updates_are_counted_at_every_step_between_decisions_too(ranks):
-    """The workers compare `num_updates` with what was applied; the last decision is as far."""
-    for rank in ranks:
-        run = rank["adaptive_run"]
-        assert 0 <= run["applied"] - run["decisions"][-1].num_updates < CONFIG.decision_interval
+@pytest.mark.parametrize(("name", "rel"), [("fp32", 1e-5), ("bf16", 1e-2)])
+def test_in_the_types_that_models_have(ranks, name, rel):
+    first, second = result(ranks, name)
+    assert_agreed(first, second)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    expected = alone(2, dtype)
+    assert_same_windows(first["windows"][:1], expected["windows"][:1], rel)
+    if name == "fp32":
+        assert_same_windows(first["windows"], expected["windows"], 1e-4)
+
+
+def test_layers_that_get_no_gradient_on_some_steps(ranks):
+    first, second = result(ranks, "spare")
+    assert_agreed(first, second)
+
+
+def test_an_adaptive_run_ends_where_one_process_on_the_same_samples_does(ranks):
+    first, second = result(ranks, "adaptive")
+    assert_agreed(first, second)
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=adaptive_config(RANKS))
+    train(net, optimizer, draw(240 * RANKS))
+    actions = [decision.action for decision in optimizer.decisions]
+    assert "grow" in actions
+    assert [d.action for d in first["decisions"]] == actions
+    assert [d.batch for d in first["decisions"]] == [d.batch for d in optimizer.decisions]
+    assert first["decisions"][-1].noise.scale == pytest.approx(optimizer.noise.scale, rel=1e-9)
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["scaled", "rescaled"])
+def test_a_loss_scale_that_the_loop_takes_back_does_not_show(ranks, name):
+    first, second = result(ranks, name)
+    assert_agreed(first, second)
+    expected = alone(2, torch.float32)
+    assert_same_windows(first["windows"][:3], expected["windows"][:3], 1e-5)
+    assert_same_windows(first["windows"], expected["windows"], 1e-3)
+
+
+def test_clipping_by_the_loop_is_measured_as_it_is_applied(ranks):
+    first, second = result(ranks, "clipped")
+    assert_agreed(first, second)
+    expected = clipped_alone(0.5)
+    found = [(w.norms.small_sq[0], w.norms.big_sq[0]) for w in first["windows"]]
+    assert found[:3] == [pytest.approx(pair, rel=1e-5) for pair in expected[:3]]
+    assert found == [pytest.approx(pair, rel=1e-3) for pair in expected]
+
+
+def test_every_backward_of_a_step_is_a_gradient_of_its_own(ranks):
+    first, second = result(ranks, "two backwards")
+    assert_agreed(first, second)
+    expected = alone(2)
+    assert [w.micro_batches for w in first["windows"]] == [1] * (STEPS // 2)
+    small = [w.norms.small_sq[0] for w in first["windows"]]
+    assert small == pytest.approx([w.norms.small_sq[0] for w in expected["windows"]], rel=1e-10)
+    assert {w.norms.count for w in first["windows"]} == {2 * RANKS}
+    torch.testing.assert_close(first["weights"], expected["weights"], rtol=0, atol=1e-10)
+
+
+def test_gradients_that_were_thrown_away_are_not_measured(ranks):
+    first, second = result(ranks, "thrown away")
+    assert_agreed(first, second)
+    assert_same_windows(first["windows"], alone(1)["windows"], 1e-10)
+
+
+def test_a_communication_hook_of_the_user_stays(ranks):
+    first, second = result(ranks, "own hook")
+    assert_agreed(first, second)
+    expected = alone(1, torch.float32)
+    assert_same_windows(first["windows"][:1], expected["windows"][:1], 1e-2)
+
+
+def test_unequal_samples_do_not_part_the_ranks(ranks):
+    """The first window by hand: DDP's means over ranks, weighted by both ranks' samples."""
+    first, second = result(ranks, "uneven")
+    assert_agreed(first, second)
+    net = build()
+    grads = {}
+    for rank, sizes in enumerate(([2, 6], [4, 2])):
+        for step, batch in enumerate(
+            draw(4, [*sizes, 6, 2] if rank == 0 else [4, 2, 2, 8], seed=rank)[:2]
+        ):
+            grad = torch.autograd.grad(loss_of(net, batch), list(net.parameters()))
+            grads[rank, step] = torch.cat([g.flatten() for g in grad])
+    total = [(2 + 4) / 14, (6 + 2) / 14]
+    weights = {(rank, step): total[step] / 2 for rank, step in grads}
+    samples = {(0, 0): 2, (0, 1): 6, (1, 0): 4, (1, 1): 2}
+    norms = first["windows"][0].norms
+    mean = sum(weights[key] * grads[key] for key in grads)
+    assert norms.big_sq[0] == pytest.approx(float(mean.square().sum()), rel=1e-10)
+    small = sum(weights[key] * float(grads[key].square().sum()) for key in grads)
+    assert norms.small_sq[0] == pytest.approx(small, rel=1e-10)
+    assert norms.samples == 14
+    assert 1 / norms.small_batch == pytest.approx(sum(weights[k] / samples[k] for k in grads))
+    assert 1 / norms.big_batch == pytest.approx(sum(weights[k] ** 2 / samples[k] for k in grads))
+
+
+def test_summed_losses_are_divided_by_the_samples_of_all(ranks):
+    """The weights after each window are those of AdamW on the joined batch."""
+    first, second = result(ranks, "sums")
+    assert_agreed(first, second)
+    net = build()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=LR)
+    parts = [sum_batches(rank) for rank in range(RANKS)]
+    whole = []
+    for at in range(0, 6, 2):
+        batches = [batch for rank in parts for batch in rank[at : at + 2]]
+        whole.append(tuple(torch.cat(tensors) for tensors in zip(*batches, strict=True)))
+    train(net, optimizer, whole)
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-10)
+    window = first["windows"][0].norms
+    assert window.samples == 14
+    assert window.big_batch == pytest.approx(14)
+    assert window.small_batch == pytest.approx(14 / 4)
 
 
 def test_a_step_on_unsynchronised_gradients_is_an_error_on_every_rank(ranks):
-    """It names the cause and the remedy."""
-    for rank in ranks:
-        assert "no_sync()" in rank["unsynchronised_step"]
-        assert "process_group" in rank["unsynchronised_step"]
+    """It names the cause and the remedy, and nothing was changed."""
+    for message in result(ranks, "unsynchronised"):
+        assert "no_sync()" in message
+        assert "accumulate(model)" in message
+        assert "process_group" in message
 
 
-def test_skipping_synchronisation_is_refused_where_it_would_be_wrong(ranks):
-    """accumulate() on several ranks says so instead of training on local gradients."""
-    assert all("not supported yet" in rank["accumulate_is_refused"] for rank in ranks)
+@pytest.mark.parametrize("name", ["removed", "no backward"])
+def test_gradients_that_cannot_be_measured_are_an_error(ranks, name):
+    result(ranks, name)
 
 
-def test_measuring_in_the_backward_is_refused_where_ranks_share_gradients(ranks):
-    """There the gradients are not synchronised yet; the remedy is named."""
-    assert all("accumulation='internal'" in r["external_measuring_is_refused"] for r in ranks)
+@pytest.mark.parametrize("name", ["external", "monitor"])
+def test_a_loop_that_accumulates_by_itself_is_measured_in_the_backward(ranks, name):
+    first, second = result(ranks, name)
+    assert_agreed(first, second)
+    expected = alone(2)
+    assert_same_windows(first["windows"], expected["windows"], 1e-10)
+    torch.testing.assert_close(first["weights"], expected["weights"], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("name", "step"), [("bad first", 2), ("bad last", 3)])
+def test_what_is_not_finite_on_one_rank_is_skipped_on_both(ranks, name, step):
+    first, second = result(ranks, name)
+    assert_agreed(first, second)
+    assert first["skipped"] == 1
+    assert [w.norms.count for w in first["windows"]] == [4, 2, 4, 4]
+    assert torch.isfinite(first["weights"]).all()
+    net = build()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=LR)
+    both = draw(8 * RANKS)
+    for at in range(0, 8, 2):
+        used = [b for s in (at, at + 1) if s != step for b in both[RANKS * s : RANKS * (s + 1)]]
+        train(net, optimizer, [tuple(torch.cat(t) for t in zip(*used, strict=True))])
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-10)
+
+
+def test_ranks_that_see_the_same_data_are_told_so_once(ranks):
+    first, second = result(ranks, "same data")
+    assert sum("same data" in message for message in first) == 1
+    assert second == []
+
+
+def test_ranks_that_drop_out_the_same_units_are_told_so_once(ranks):
+    first, second = result(ranks, "same dropout")
+    assert ["same random numbers" in message for message in first] == [True]
+    assert "torch.manual_seed(seed + rank)" in first[0]
+    assert second == []
+
+
+def test_ranks_that_do_not_are_told_nothing(ranks):
+    assert result(ranks, "different") == [[], []]
+
+
+def test_ranks_that_start_from_different_settings_stop(ranks):
+    for message in result(ranks, "starts"):
+        assert "settings: [" in message
+        assert "accumulation_steps=2" in message
+
+
+def test_ranks_whose_decisions_would_part_stop_and_say_what_differs(ranks):
+    for message in result(ranks, "rates"):
+        assert "lr: [0.01, 0.02]" in message
+
+
+def test_a_rank_can_train_alone(ranks):
+    for rank, run in enumerate(result(ranks, "alone")):
+        net = build(seed=rank)
+        optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
+        train(net, optimizer, draw(8, seed=rank))
+        assert run["decisions"] == optimizer.decisions
+        assert torch.equal(run["weights"], weights_of(net))

@@ -127,7 +127,7 @@ def test_no_gradient_is_kept():
     accumulate(model, optimizer, draw(8))
     for batch in draw(3):
         loss_of(model, batch).backward()
-    assert optimizer._window.nbytes == 0
+    assert optimizer._collector.nbytes == 0
 
 
 # ---------------------------------------------------------------------- what loops do before step()

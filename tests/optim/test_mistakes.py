@@ -271,30 +271,28 @@ def test_classes_that_cannot_be_made_aware_are_refused(given, error, words):
         noise_aware(*given)
 
 
+@pytest.mark.parametrize("mark", ["allreduce", "_fsdp_flattened"])
 @pytest.mark.parametrize("late", [False, True], ids=["at the start", "in a later group"])
-def test_sharded_parameters_are_refused_and_the_optimizer_stays_whole(late):
-    """A real DTensor on a mesh of one rank."""
-    from torch.distributed.tensor import distribute_tensor, init_device_mesh
-
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        sharded = nn.Parameter(distribute_tensor(torch.ones(4), mesh))
-        if not late:
-            with pytest.raises(ValueError, match=r"1 of 1 parameters are sharded.*noise='off'"):
-                NoiseAwareAdamW([sharded])
-            NoiseAwareAdamW([sharded], noise="off")
-            return
-        model = build()
-        optimizer = NoiseAwareAdamW(model.parameters(), noise=advise(2))
-        with pytest.raises(ValueError, match=r"1 of 1 parameters are sharded.*noise='off'"):
-            optimizer.add_param_group({"params": [sharded]})
-        train(model, optimizer, draw(2))
-        assert len(optimizer.param_groups) == 1
-        assert optimizer.applied
-    finally:
-        torch.distributed.destroy_process_group()
+def test_what_is_averaged_elsewhere_is_refused_and_the_optimizer_stays_whole(late, mark):
+    """Experts, as DeepSpeed and Megatron mark them, and parameters of FSDP1."""
+    param = nn.Parameter(torch.ones(4))
+    setattr(param, mark, mark != "allreduce")
+    words = {
+        "allreduce": r"1 parameters are marked allreduce=False.*noise='off'",
+        "_fsdp_flattened": r"1 parameters belong to FullyShardedDataParallel.*fully_shard",
+    }[mark]
+    if not late:
+        with pytest.raises(ValueError, match=words):
+            NoiseAwareAdamW([param])
+        NoiseAwareAdamW([param], noise="off")
+        return
+    model = build()
+    optimizer = NoiseAwareAdamW(model.parameters(), noise=advise(2))
+    with pytest.raises(ValueError, match=words):
+        optimizer.add_param_group({"params": [param]})
+    train(model, optimizer, draw(2))
+    assert len(optimizer.param_groups) == 1
+    assert optimizer.applied
 
 
 def test_a_differentiable_group_is_refused_later_too():

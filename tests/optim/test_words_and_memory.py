@@ -70,7 +70,7 @@ def test_a_window_of_one_holds_nothing_beyond_torchs(name, mode):
     expected, _ = held(theirs)
     found, optimizer = held(lambda params, **kw: ours(params, noise=mode(1), **kw))
     assert found == expected > 0
-    assert optimizer._window.nbytes == 0
+    assert optimizer._collector.nbytes == 0
 
 
 @pytest.mark.parametrize("mode", [advise, fixed])
@@ -79,10 +79,10 @@ def test_a_longer_window_holds_one_gradient_in_fp32_or_wider(dtype, mode):
     model = build(dtype)
     optimizer = NoiseAwareSGD(model.parameters(), lr=1e-3, noise=mode(4))
     width = 8 if dtype == torch.float64 else 4
-    assert optimizer._window.nbytes == 0
+    assert optimizer._collector.nbytes == 0
     for batch in draw(9, dtype=dtype):
         train(model, optimizer, [batch])
-        assert optimizer._window.nbytes == width * size_of(model)
+        assert optimizer._collector.nbytes == width * size_of(model)
 
 
 def test_the_buffer_goes_when_the_window_returns_to_one():
@@ -92,7 +92,7 @@ def test_the_buffer_goes_when_the_window_returns_to_one():
     held = []
     for batch in draw(8, dtype=torch.float32):
         train(model, optimizer, [batch])
-        held.append(optimizer._window.nbytes)
+        held.append(optimizer._collector.nbytes)
     whole = 4 * size_of(model)
     assert held == [0, 0, whole, 0, 0, 0, whole, 0]
 
@@ -103,7 +103,7 @@ def test_a_load_frees_the_buffer():
     optimizer = NoiseAwareAdamW(model.parameters(), noise=advise(4))
     train(model, optimizer, draw(2))
     optimizer.load_state_dict(state)
-    assert optimizer._window.nbytes == 0
+    assert optimizer._collector.nbytes == 0
 
 
 @pytest.mark.usefixtures("only_new_objects")

@@ -239,7 +239,7 @@ def test_a_short_window_that_nobody_told_of_is_counted_and_not_learned_from():
 
 def test_a_window_cannot_be_lengthened():
     _, monitor, _, _ = attach(build(), NoiseConfig(accumulation_steps=2))
-    with pytest.raises(ValueError, match="of 2: it cannot become 3"):
+    with pytest.raises(ValueError, match="of 2, of which 0 were taken: it cannot become 3"):
         monitor.shorten_window(3)
 
 

@@ -32,7 +32,7 @@ SWITCHES = (
     ),
     *("verify", "adapt_clip", "skip_nonfinite"),
 )
-WORDS = ("mode", "accumulation")
+WORDS = ("mode", "accumulation", "gradients", "loss_reduction")
 
 OUT_OF_RANGE = [
     *((name, least - 1) for name, least in INTEGERS.items()),
@@ -47,6 +47,8 @@ OUT_OF_RANGE = [
     ("confidence", 0.05),
     ("mode", "on"),
     ("accumulation", "both"),
+    ("gradients", "ddp"),
+    ("loss_reduction", "none"),
 ]
 WRONG_TYPE = [
     *((name, value) for name in INTEGERS for value in (2.0, "2", True, None)),

@@ -1,0 +1,123 @@
+"""What ranks have in common, held against each other at every update.
+
+Along with a window's row go a few numbers of each rank and their squares. Their sums show whether
+the ranks hold the same mean gradient and the same decision state, which they must, and whether they
+see the same data or draw the same random numbers, which they should not.
+"""
+
+import logging
+import zlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from noiseopt.distributed import DIGESTS, Ranks, digest, spread
+
+TOLERANCE = 1e-6  # of the mean gradient's squared norm
+SAME = 1e-14  # what rounding leaves of the relative variance of equal numbers
+WINDOWS_TO_BE_SURE = 3
+
+logger = logging.getLogger("noiseopt")
+
+
+class Agreement:
+    """Sums rows over ranks and checks that the ranks go together.
+
+    Args:
+        ranks: those that take part.
+
+    Attributes:
+        ranks: those that take part.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._state: Mapping[str, object] = {}
+        self._digest = 0
+        self._random = 0
+        self._sums: list[Tensor] = []
+        self._with_same_data = 0
+        self._with_same_randomness = 0
+
+    def set_state(self, state: Mapping[str, object]) -> None:
+        """Say what the decisions to come rest on; it must be the same on all ranks."""
+        if self.ranks.all > 1:
+            self._state, self._digest = state, digest(state)
+
+    def sum_(self, row: Tensor, local: Tensor, mean: Tensor, extra: Tensor, what: str) -> None:
+        """Sum a row over the ranks, in place.
+
+        Args:
+            row: from `Measured.row`.
+            local: the squared norm of this rank's own gradients, 0-d.
+            mean: that of the mean gradient, 0-d, which must be the same on all ranks.
+            extra: further numbers to sum, in place.
+            what: what is summed, for an error.
+
+        Raises:
+            RuntimeError: ranks do not go together. On the CPU nothing was changed then; elsewhere
+                it shows when the sums are read, by `check`.
+        """
+        now = _random_state(row.device)
+        drawn, self._random = now if now != self._random else 0, now
+        told = torch.stack([_like(number, row) for number in (local, mean, self._digest, drawn)])
+        numbers = torch.cat([row, told, told.square(), extra])
+        self.ranks.sum_(numbers, what)
+        summed, sums, rest = numbers.tensor_split((len(row), len(row) + 2 * len(told)))
+        row.copy_(summed)
+        extra.copy_(rest)
+        self._sums.append(sums)
+        if row.is_cpu:
+            self.check()
+
+    def check(self) -> None:
+        """Look at the sums so far. This waits for the device.
+
+        Raises:
+            RuntimeError: gradients were not synchronised, or ranks hold different states.
+        """
+        read, self._sums = self._sums, []
+        for sums in torch.stack(read).tolist() if read else []:
+            half = len(sums) // 2
+            pairs = zip(sums[:half], sums[half:], strict=True)
+            local, mean, state, drawn = (spread(a, b, self.ranks.all) for a, b in pairs)
+            if mean > TOLERANCE:
+                raise RuntimeError(
+                    "gradients differ between ranks at step() (relative spread of the squared "
+                    f"norm {mean:.2g}): the backward ran without synchronisation, for instance "
+                    "under no_sync() or on a model that is not wrapped; synchronise the "
+                    "gradients, run each forward and backward inside optimizer.accumulate(model), "
+                    "or pass a process_group of the ranks that share them"
+                )
+            if state > SAME:
+                self.ranks.compare(self._state, "the state that decisions rest on")
+            self._watch_data(local < SAME and sums[0] > 0)
+            self._watch_randomness(drawn < SAME and sums[3] > 0)
+
+    def _watch_data(self, same: bool) -> None:
+        self._with_same_data += same
+        if self._with_same_data == WINDOWS_TO_BE_SURE:
+            self.ranks.warn(
+                f"the gradients of all {self.ranks.data} ranks are the same before they are "
+                "averaged: the ranks see the same data, and measure no noise; give each rank its "
+                "own part, for instance by a DistributedSampler"
+            )
+
+    def _watch_randomness(self, same: bool) -> None:
+        self._with_same_randomness += same
+        if self._with_same_randomness == WINDOWS_TO_BE_SURE:
+            self.ranks.warn(
+                f"all {self.ranks.data} ranks draw the same random numbers: dropout masks and "
+                "augmentations are the same on each, and pass for signal; after the model is "
+                "built, seed each rank differently, as by torch.manual_seed(seed + rank)"
+            )
+
+
+def _random_state(device: torch.device) -> int:
+    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    return zlib.crc32(state.numpy().tobytes()) % DIGESTS
+
+
+def _like(number: Tensor | float, other: Tensor) -> Tensor:
+    return number if isinstance(number, Tensor) else other.new_full((), number)

@@ -1,0 +1,88 @@
+"""This rank's own gradients, where `p.grad` holds the mean over ranks when the optimizer steps.
+
+A loop may unscale or clip `p.grad` between backward and step. What it multiplies the mean by, it
+would have multiplied each rank's part by: a sample of entries, read at the end of the backward and
+again at the step, shows the factor.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from noiseopt.capture.norms import device_of, squared_norms
+from noiseopt.capture.passes import BackwardPasses
+from noiseopt.capture.sharding import local
+
+SAMPLED_TENSORS = 16
+SAMPLED_ENTRIES = 1024
+
+
+class LocalNorms:
+    """The norms of the gradients of which `p.grad` is the mean over ranks.
+
+    Args:
+        groups: the parameters of each group. Frozen ones are passed over.
+
+    Attributes:
+        passes: the hooks.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[Tensor]]) -> None:
+        self._device = device_of(groups)
+        self._with_grad: list[Tensor] = []
+        self._before: Tensor | None = None
+        self.passes = BackwardPasses(groups, self._sample)
+
+    def __len__(self) -> int:
+        """How many backward passes were read."""
+        return len(self.passes)
+
+    def add_group(self, params: Sequence[Tensor]) -> None:
+        """Read one more group."""
+        self.passes.add_group(params)
+
+    def take(self) -> Tensor:
+        """|g|^2 of each backward pass since the last call, as if it were alone in `p.grad`.
+
+        Returns:
+            Shape (passes, groups). The mean of these gradients over passes and ranks is `p.grad`
+            if each pass is taken times their number.
+
+        Raises:
+            RuntimeError: no backward pass was seen.
+        """
+        if len(self) == 0:
+            raise RuntimeError(
+                "no backward pass was seen since the last step(): the ranks' own gradients are "
+                "read as loss.backward() brings them; if p.grad is made otherwise, use "
+                "noise='off', or NoiseConfig(gradients='local') to have the optimizer average it"
+            )
+        removed = sum(param.grad is None for param in self._with_grad)
+        if removed:
+            raise RuntimeError(
+                f"{removed} of {len(self._with_grad)} gradients were removed between backward and "
+                "step(), so that what the ranks measured is not what would be applied: freeze "
+                "parameters by requires_grad_(False) instead"
+            )
+        norms = torch.stack(self.passes.norms)
+        if self._before is not None:
+            # 0/0 where the sample is all zeros: then nothing shows a factor.
+            norms = norms * (self._sum_of_squares() / self._before).nan_to_num(1.0, 1.0)
+        self.clear()
+        return norms
+
+    def clear(self) -> None:
+        """Forget what was read."""
+        self.passes.clear()
+        self._with_grad, self._before = [], None
+
+    def _sample(self) -> None:
+        self._with_grad = [param for param in self.passes.watched if param.grad is not None]
+        self._before = self._sum_of_squares() if self._with_grad else None
+
+    def _sum_of_squares(self) -> Tensor:
+        sampled = self._with_grad[:: -(-len(self._with_grad) // SAMPLED_TENSORS)]
+        grads = [local(grad) for param in sampled if (grad := param.grad) is not None]
+        parts = [g.reshape(-1)[:SAMPLED_ENTRIES] if g.layout == torch.strided else g for g in grads]
+        return squared_norms([parts], self._device)[0]

@@ -1,0 +1,182 @@
+"""What each backward pass brings, read where it passes: on this rank, before anything is reduced.
+
+A hook on each leaf reads the norm of the gradient that comes; the hook after accumulation confirms
+it, since `torch.autograd.grad` brings gradients too, which are not accumulated. At the end of the
+pass, after DDP and FSDP2 have finished their part, a callback may look at `p.grad`. No gradient is
+kept.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.autograd.function import BackwardCFunction
+
+from noiseopt.capture.norms import begun_norm, device_of, joined_norm
+from noiseopt.capture.sharding import Slot, is_sharded, settled, share_among, unsharded_leaves
+
+
+class BackwardPasses:
+    """Hooks on parameters, and the norms that they have read.
+
+    Args:
+        groups: the parameters of each group. Frozen ones are passed over.
+        ended: called at the end of each pass.
+        keep_nonfinite: whether passes that are not finite are kept though their gradients are
+            thrown away, as by a GradScaler that skips the step. To know, it waits for the device.
+
+    Attributes:
+        norms: |h|^2 of each pass since the last `clear`, shape (groups,).
+        paused: whether gradients go by unread.
+        watched: the parameters, each with its group.
+        leaves: the tensors in which autograd accumulates their gradients, each with its parameter;
+            those of FSDP2's are known after the first forward.
+        model_ranks: over how many ranks one rank's gradient is spread, as by tensor parallelism;
+            `norms` are to be summed over them.
+
+    A backward pass brings one gradient. Reentrant checkpointing runs others inside it, whose norms
+    would not add where they share a parameter: it is refused.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Sequence[Tensor]],
+        ended: Callable[[], None],
+        keep_nonfinite: bool = False,
+    ) -> None:
+        self._keep_nonfinite = keep_nonfinite
+        self._ended = ended
+        self._num_groups = len(groups)
+        self._device = device_of(groups)
+        self._handles: list[Any] = []
+        self._passing: dict[Tensor, Tensor] = {}
+        self._starts_anew = False
+        self._current: list[list[tuple[Tensor, Tensor]]] = []
+        self._brought: set[Tensor] = set()
+        self._task = -1
+        self.norms: list[Tensor] = []
+        self.watched: dict[Tensor, int] = {}
+        self.leaves: dict[Tensor, Tensor] = {}
+        self.model_ranks = 1
+        self.paused = False
+        for index, params in enumerate(groups):
+            self._attach_all(params, index)
+
+    def __len__(self) -> int:
+        """How many backward passes there were since the last `clear`."""
+        return len(self.norms)
+
+    def add_group(self, params: Sequence[Tensor]) -> None:
+        """Watch one more group."""
+        self._attach_all(params, self._num_groups)
+        self._num_groups += 1
+        self.norms = [torch.cat([norms, norms.new_zeros(1)]) for norms in self.norms]
+
+    def clear(self) -> None:
+        """Forget what was read."""
+        self.norms, self._current = [], []
+        self._passing.clear()
+        self._brought.clear()
+
+    def detach(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.watched.clear()
+        self.leaves.clear()
+
+    def _attach_all(self, params: Sequence[Tensor], group: int) -> None:
+        trained = [param for param in params if param.requires_grad]
+        self.watched.update((param, group) for param in trained)
+        managed: set[Tensor] = set()
+        for module, slots in unsharded_leaves(trained):
+            managed.update(param for _, _, param in slots)
+            hook = module.register_forward_pre_hook(self._follow(slots))
+            self._handles.append(hook)
+        for param in trained:
+            if param not in managed:
+                self._attach(param, param)
+
+    def _follow(self, slots: list[Slot]) -> Callable[[nn.Module, Any], None]:
+        @torch._disable_dynamo  # type: ignore[attr-defined]
+        def before_forward(module: nn.Module, args: Any) -> None:
+            for owner, name, param in slots:
+                leaf = owner._parameters[name]
+                if leaf is not None and leaf is not param and leaf not in self.leaves:
+                    self._attach(leaf, param)
+
+        return before_forward
+
+    def _attach(self, leaf: Tensor, param: Tensor) -> None:
+        self.leaves[leaf] = param
+        hooked: Any = leaf
+        if is_sharded(leaf):
+            self.model_ranks = max(self.model_ranks, hooked.device_mesh.size())
+
+        def before(grad: Tensor) -> None:
+            if self.paused:
+                return
+            self._passing[leaf] = begun_norm(settled(grad))
+            self._starts_anew = leaf is param and param.grad is None
+
+        def after(accumulated: Tensor) -> None:
+            if not self.paused:
+                self._take(leaf, param)
+
+        self._handles.append(hooked.register_hook(before))
+        self._handles.append(hooked.register_post_accumulate_grad_hook(after))
+
+    def _take(self, leaf: Tensor, param: Tensor) -> None:
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            # What a backward that failed half-way has left is dropped here.
+            _refuse_nested_backward()
+            self._task, self._current = task, [[] for _ in range(self._num_groups)]
+            Variable._execution_engine.queue_callback(self._close)
+            if self._starts_anew:
+                self._forget_thrown_away(param)
+        self._current[self.watched[param]].append((leaf, self._passing.pop(leaf)))
+        if leaf is param:
+            self._brought.add(param)
+
+    def _forget_thrown_away(self, newest: Tensor) -> None:
+        """Forget passes whose gradients were set to None since, as a GAN's other half has it."""
+        if not self.norms or any(p.grad is not None for p in self._brought if p is not newest):
+            return
+        if self._keep_nonfinite and not bool(torch.stack(self.norms).isfinite().all()):
+            return
+        self.norms = []
+        self._brought.clear()
+
+    def _close(self) -> None:
+        # Queued before the callbacks in which DDP and FSDP2 finish; one queued here runs after.
+        Variable._execution_engine.queue_callback(self._end)
+
+    def _end(self) -> None:
+        self.norms.append(torch.stack([self._joined(norms) for norms in self._current]))
+        self._current = []
+        self._ended()
+
+    def _joined(self, norms: list[tuple[Tensor, Tensor]]) -> Tensor:
+        if self.model_ranks == 1:
+            return joined_norm([norm for _, norm in norms], self._device)
+        share = share_among(self.model_ranks)
+        parts = [joined_norm([norm], self._device) * share(leaf) for leaf, norm in norms]
+        return sum(parts, joined_norm([], self._device))
+
+
+def _refuse_nested_backward() -> None:
+    """Raise where this backward runs inside the backward of another, as checkpoints may have it."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is BackwardCFunction.apply.__code__:
+            raise RuntimeError(
+                "a backward pass runs inside another, as with reentrant checkpointing, and brings "
+                "a micro-batch's gradient in several parts: use checkpoint(use_reentrant=False), "
+                "or, on one rank, accumulation='internal'"
+            )
+        frame = frame.f_back

@@ -1,0 +1,224 @@
+"""From the gradients of many calls of `step()` to one mean and the numbers of its window.
+
+Whether a gradient is this rank's alone, a mean over ranks that DDP has made, a shard of one that
+FSDP2 has made, or what the loop itself has accumulated: an optimizer gets from here, when a window
+ends, the mean in `p.grad` and what it took to measure it.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from noiseopt.adaptation import Adaptation
+from noiseopt.capture import (
+    STEPS,
+    WEIGHT,
+    BackwardCapture,
+    GradientWindow,
+    LocalNorms,
+    Measured,
+    big_columns,
+    device_of,
+    settled,
+    squared_norms,
+)
+from noiseopt.control import NoiseConfig
+from noiseopt.distributed import Ranks
+from noiseopt.optim.reduction import keeping_own, reduce_window, reducing_if
+
+Groups = Sequence[Sequence[Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A window that has ended. `p.grad` times `scale` is its mean.
+
+    Attributes:
+        row: its numbers, summed over the ranks.
+        norm: the norm of the mean, 0-d; nan or inf where nothing of it may be applied.
+        scale: 0-d; None for 1.
+        steps: its micro-batches on each rank.
+    """
+
+    row: Tensor
+    norm: Tensor
+    scale: Tensor | None
+    steps: int
+
+
+class GradientCollector:
+    """The open window of one optimizer.
+
+    Args:
+        config: the settings.
+        ranks: those that take part.
+        groups: the parameters of each group.
+        adaptation: says how long windows are, and agrees with other ranks.
+    """
+
+    def __init__(
+        self, config: NoiseConfig, ranks: Ranks, groups: Groups, adaptation: Adaptation
+    ) -> None:
+        self._adaptation, self._ranks = adaptation, ranks
+        self._device = device_of(groups)
+        self._of_sums = config.loss_reduction == "sum"
+        self._share = ranks.share if ranks.sharded else None
+        skip = config.skip_nonfinite and adaptation.acts
+        self._window = GradientWindow(self._device, skip, self._of_sums, self._share)
+        self._capture: BackwardCapture | None = None
+        self._local: LocalNorms | None = None
+        self._always_own = config.gradients == "local" and ranks.data > 1
+        self._ever_own = self._always_own
+        self._is_own = self._always_own
+        self.waits = False  # whether FSDP2 keeps the gradient of the micro-batch that comes
+        self.loss_scale: float | Tensor = 1.0
+        if config.accumulation == "external":
+            self._capture = BackwardCapture(groups, lambda: adaptation.steps, self._share)
+        elif ranks.data > 1 and not self._always_own:
+            self._local = LocalNorms(groups)
+
+    def __len__(self) -> int:
+        """Micro-batches in the open window, as far as they are known."""
+        return len(self._window if self._capture is None else self._capture)
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that the window's sum holds."""
+        return self._window.nbytes
+
+    def add_group(self, params: Sequence[Tensor]) -> None:
+        """Collect one more group's gradients."""
+        self._window.add_group()
+        for hooks in (self._capture, self._local):
+            if hooks is not None:
+                hooks.add_group(params)
+
+    def clear(self, keep_memory: bool) -> None:
+        """Start the next window."""
+        self._window.clear(keep_memory)
+        for hooks in (self._capture, self._local):
+            if hooks is not None:
+                hooks.clear()
+
+    def take(self, groups: Groups) -> Ended | None:
+        """Take what a call of `step()` brings; the window's end, if it is that.
+
+        Raises:
+            RuntimeError: the ranks' gradients differ, or the window mixes kinds of gradients.
+        """
+        if self._capture is not None:
+            return self._take_window(self._capture, groups)
+        own, self._is_own = self._is_own, self._always_own
+        waits, self.waits = self.waits, False
+        self._check_kind(own)
+        samples, weight = self._adaptation.next_samples(self._device, own)
+        if waits or self._window.passed_over:
+            weight = weight if self._of_sums else 1.0  # FSDP2 has added them up
+        if waits:
+            self._window.pass_over(samples, weight)
+            return None
+        closes = len(self) + 1 >= self._adaptation.steps
+        if own:
+            self._window.take_alone(groups, samples, weight, closes)
+            return self._reduce(groups, flushing=False)[0] if closes else None
+        self._settle(groups)
+        norms = None if self._local is None else self._local.take()
+        measured = self._window.take(groups, samples, weight, closes, norms)
+        return None if measured is None else self._end(measured)
+
+    def flush(self, groups: Groups) -> Iterator[Ended]:
+        """End the open window, and where gradients are the ranks' own, theirs too, until the last.
+
+        Raises:
+            RuntimeError: the window's gradients are still in FSDP2's hands.
+        """
+        if self._ever_own:
+            done = False
+            while not done:
+                ended, done = self._reduce(groups, flushing=True)
+                if ended.steps > 0:
+                    yield ended
+        elif self._window.passed_over:
+            raise RuntimeError(
+                f"flush() in a window of which FSDP2 still holds {len(self)} micro-batches: call "
+                "shorten_window() before the last one's forward, so that it is reduced with it"
+            )
+        elif len(self._window) > 0:
+            yield self._end(self._window.flush(groups))
+
+    @contextmanager
+    def accumulate(self, model: nn.Module) -> Iterator[None]:
+        """See `NoiseAware.accumulate`."""
+        last = len(self) + 1 >= self._adaptation.steps
+        if self._ranks.data == 1:
+            yield
+        elif self._capture is not None or hasattr(model, "set_requires_gradient_sync"):
+            self.waits = self._capture is None and not last
+            with reducing_if(model, last):
+                yield
+        elif self._ranks.sharded:
+            raise ValueError(
+                f"accumulate() was given a {type(model).__name__}, which cannot put off averaging "
+                "its sharded gradients: give it the model that fully_shard() was called on"
+            )
+        elif last and len(self) == 0 and not self._always_own and hasattr(model, "no_sync"):
+            yield  # nothing to put off: averaged while the backward runs
+        else:
+            self._is_own = self._ever_own = True
+            with self._unread(), keeping_own(model):
+                yield
+
+    @contextmanager
+    def _unread(self) -> Iterator[None]:
+        """Leave backwards unread: this rank's own gradients are to be had at `step()`."""
+        if self._local is not None:
+            self._local.passes.paused = True
+        try:
+            yield
+        finally:
+            if self._local is not None:
+                self._local.passes.paused = False
+
+    def _check_kind(self, own: bool) -> None:
+        if len(self) > 0 and own != self._window.alone:
+            raise RuntimeError(
+                f"micro-batch {len(self) + 1} of a window of {self._adaptation.steps} was run "
+                f"{'inside' if own else 'outside'} optimizer.accumulate(model) and the ones before "
+                "it were not: run all of them alike"
+            )
+
+    def _settle(self, groups: Groups) -> None:
+        if self._ranks.model > 1:
+            for param in (param for group in groups for param in group):
+                if param.grad is not None:
+                    param.grad = settled(param.grad)
+
+    def _end(self, measured: Measured) -> Ended:
+        """End a window whose mean over ranks `p.grad` holds, or this rank's shard of it."""
+        steps = len(self._window)
+        row = self._adaptation.agree(measured)
+        scale = measured.scale
+        if self._of_sums:
+            scale = self._ranks.data / row[WEIGHT]
+            big_columns(row).mul_(scale.square())
+        reread = self._of_sums or self._share is not None
+        norm = big_columns(row) if reread else measured.big_norms
+        return Ended(row, norm.sum().sqrt(), scale, steps)
+
+    def _take_window(self, capture: BackwardCapture, groups: Groups) -> Ended:
+        """End a window that the loop has accumulated; what it did to `p.grad` since is applied."""
+        steps = len(capture)
+        samples = self._adaptation.window_samples(steps)
+        measured = capture.close(groups, samples, self.loss_scale)
+        grads = [grad for p in (p for g in groups for p in g) if (grad := p.grad) is not None]
+        applied = squared_norms([grads], self._device, self._share)
+        row = self._adaptation.agree(measured, None if self._share is None else applied)
+        return Ended(row, applied[0].sqrt(), None, steps)
+
+    def _reduce(self, groups: Groups, flushing: bool) -> tuple[Ended, bool]:
+        row, done = reduce_window(self._window, groups, self._adaptation, flushing)
+        steps = math.ceil(row[STEPS].item() / self._ranks.data)
+        return Ended(row, big_columns(row).sum().sqrt(), None, steps), done

@@ -1,0 +1,97 @@
+"""A gradient summed over ranks by the optimizer itself, once for each window.
+
+While a window is open each rank keeps its own gradients; at its end their weighted sums are added
+up, in fp32 or wider, and divided by the sum of all weights. So ranks may bring different numbers of
+samples, or of micro-batches, and the mean is still that over all samples.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from noiseopt.adaptation import Adaptation
+from noiseopt.capture import WEIGHT, GradientWindow, big_columns, scale_all, squared_norms
+
+Groups = Sequence[Sequence[Tensor]]
+
+
+def reduce_window(
+    window: GradientWindow, groups: Groups, adaptation: Adaptation, flushing: bool
+) -> tuple[Tensor, bool]:
+    """End a window of every rank's own gradients, leaving the mean over all in `p.grad`.
+
+    Args:
+        window: this rank's part of it.
+        groups: the parameters of each group.
+        adaptation: agrees with the other ranks.
+        flushing: whether this rank has no more micro-batches to come.
+
+    Returns:
+        The window's row, and whether no rank has more to come.
+
+    Raises:
+        RuntimeError: a gradient is sparse, or a rank does not take part.
+    """
+    params = [param for group in groups for param in group if param.requires_grad]
+    measured, sums = window.hand_out(groups)
+    _refuse_sparse(sums)
+    told = measured.big_norms.new_tensor([*(param in sums for param in params), flushing])
+    row = adaptation.agree(measured, told)
+    *ranks_with, done = told.tolist()
+    if bool(row[WEIGHT] > 0):
+        brought = [param for param, ranks in zip(params, ranks_with, strict=True) if ranks]
+        totals = [_sum_of(param, sums, window.wide(param)) for param in brought]
+        adaptation.ranks.sum_gradients_(totals, adaptation.open_window)
+        scale_all(totals, 1 / row[WEIGHT])
+        for param, total in zip(brought, totals, strict=True):
+            if param.grad is None:
+                param.grad = total.to(param.dtype)
+            elif param.grad is not total:
+                param.grad.copy_(total)
+    grads = [[grad for p in group if (grad := p.grad) is not None] for group in groups]
+    big_columns(row).copy_(squared_norms(grads, row.device) + 0 / row[WEIGHT])
+    return row, round(done) == adaptation.ranks.all
+
+
+def _sum_of(param: Tensor, sums: Mapping[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    return sums[param] if param in sums else torch.zeros_like(param, dtype=dtype)
+
+
+def _refuse_sparse(sums: Mapping[Tensor, Tensor]) -> None:
+    sparse = sum(total.layout != torch.strided for total in sums.values())
+    if sparse:
+        raise RuntimeError(
+            f"{sparse} gradients are sparse, which the optimizer does not sum over ranks: leave "
+            "out optimizer.accumulate(), or build the embedding with sparse=False"
+        )
+
+
+@contextmanager
+def keeping_own(model: nn.Module) -> Iterator[None]:
+    """Have a model leave each rank its own gradients, as far as it would average them."""
+    wrapped: Any = getattr(model, "_orig_mod", model)
+    if hasattr(wrapped, "no_sync"):
+        with wrapped.no_sync():
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def reducing_if(model: nn.Module, last: bool) -> Iterator[None]:
+    """Have a model average its accumulated gradients in the window's last backward only."""
+    wrapped: Any = getattr(model, "_orig_mod", model)
+    if hasattr(wrapped, "set_requires_gradient_sync"):
+        wrapped.set_requires_gradient_sync(last)
+        try:
+            yield
+        finally:
+            wrapped.set_requires_gradient_sync(True)
+    elif last:
+        yield
+    else:
+        with keeping_own(model):
+            yield

@@ -1,0 +1,76 @@
+"""Real ranks over gloo. Starting them costs seconds, so one set of workers runs many cases."""
+
+import os
+import socket
+import traceback
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from tests.optim.helpers import draw
+
+RANKS = 2
+
+
+def run_on_ranks(cases, folder, ranks=RANKS):
+    """Run functions of the rank on so many ranks, in turn; what they returned, for each rank.
+
+    A case that raises fails alone, with its traceback, if it raises on every rank alike.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_work, args=(ranks, port, str(folder), cases), nprocs=ranks)
+    return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+def result(ranks, name):
+    """What a case returned on each rank; fails with what it raised there."""
+    results = [rank[name] for rank in ranks]
+    for rank, value in enumerate(results):
+        assert not isinstance(value, Raised), f"on rank {rank}:\n{value.text}"
+    return results
+
+
+class Raised:
+    """A case that raised."""
+
+    def __init__(self, text):
+        self.text = text
+
+
+def _work(rank, ranks, port, folder, cases):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    results = {}
+    for name, case in cases.items():
+        try:
+            results[name] = case(rank)
+        except Exception:
+            results[name] = Raised(traceback.format_exc())
+        dist.barrier()
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def part(batches, rank, ranks=RANKS):
+    """Every so many-th batch: a rank's own."""
+    return batches[rank::ranks]
+
+
+def windows_of(optimizer):
+    """The statistics of every window that the kept decisions rest on."""
+    return [window for decision in optimizer.decisions for window in decision.windows]
+
+
+def weights_of(model):
+    """All parameters in one vector, of DTensors the whole."""
+    whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+    return torch.cat([p.detach().flatten() for p in whole])
+
+
+def draw_for_ranks(steps, ranks=RANKS, **kwargs):
+    """So many micro-batches for each rank, in the order in which one process would take them."""
+    return draw(steps * ranks, **kwargs)
