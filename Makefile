@@ -1,33 +1,50 @@
 # Every target works in .venv, which is made once and refreshed when pyproject.toml or
 # constraints.txt change. demo, test and bench install only what they need into it, each with a
 # stamp of its own that is written last, so that an interrupted install is simply done again.
+# Only test-ends works elsewhere, in .venv-oldest and .venv-newest, which are made the same way.
 
 PYTHON ?= python3
 # More arguments for the program that a target runs: make demo ARGS=--help, make test ARGS='-k noise'
 ARGS ?=
 # Processes that run the tests
 JOBS ?= 2
+# The interpreters of test-ends
+OLDEST ?= python3.10
+NEWEST ?= python3.13
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
-# Bytecode is written where it is first needed, which is faster than compiling all of torch.
-INSTALL := $(PIP) install --no-compile -c constraints.txt
+# Called with the environment, and the constraints. Bytecode is written where it is first needed,
+# which is faster than compiling all of torch.
+INSTALL = $(1)/bin/python -m pip --disable-pip-version-check -qq install --no-compile -c $(2)
+RUN_TESTS = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q -n $(JOBS) --dist loadgroup $(ARGS)
 unexport PYTHONDONTWRITEBYTECODE
+
+PYTHON_oldest = $(OLDEST)
+PYTHON_newest = $(NEWEST)
+CONSTRAINTS_oldest := constraints-oldest.txt
+CONSTRAINTS_newest := constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint format bench clean distclean
+.PHONY: help demo test test-ends test-oldest test-newest lint format bench clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/installed-demo ## train small models with and without noiseopt and show the difference
 	@$(BIN)/python -m noiseopt demo $(ARGS)
 
 test: $(VENV)/installed-dev ## run the tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup $(ARGS)
+	@$(call RUN_TESTS,$(VENV))
+
+# Both interpreters are looked for before the first test runs.
+test-ends: .venv-oldest/created .venv-newest/created test-oldest test-newest ## run the tests with the oldest and the newest Python and torch
+
+test-oldest test-newest: test-%: .venv-%/installed
+	@.venv-$*/bin/python -c 'import platform, torch; print("The $*: Python", platform.python_version(), "and torch", torch.__version__)'
+	@$(call RUN_TESTS,.venv-$*)
 
 lint: $(VENV)/installed-dev ## check style, format and types
 	@$(BIN)/ruff check
@@ -44,20 +61,36 @@ bench: $(VENV)/installed-bench ## measure the overhead and the estimator against
 
 clean: ## remove what building and testing left
 	@rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	@find . -name __pycache__ -type d -not -path './$(VENV)*/*' -prune -exec rm -rf {} +
 
-distclean: clean ## the same, and remove .venv
-	@rm -rf $(VENV)
+distclean: clean ## the same, and remove the environments
+	@rm -rf $(VENV) .venv-oldest .venv-newest
 
 $(VENV)/installed-demo: EXTRAS := wandb,demo
 $(VENV)/installed-dev: EXTRAS := dev
 $(VENV)/installed-bench: EXTRAS := bench
 $(VENV)/installed-%: $(VENV)/created pyproject.toml constraints.txt
 	@echo "Installing noiseopt[$(EXTRAS)] into $(VENV) (once; a minute or two)"
-	@$(INSTALL) setuptools
-	@$(INSTALL) --no-build-isolation -e '.[$(EXTRAS)]'
+	@$(call INSTALL,$(VENV),constraints.txt) setuptools
+	@$(call INSTALL,$(VENV),constraints.txt) --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
 $(VENV)/created:
 	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+.venv-oldest/installed: constraints-oldest.txt
+.venv-newest/installed: constraints.txt
+.venv-oldest/installed .venv-newest/installed: .venv-%/installed: .venv-%/created pyproject.toml
+	@echo "Installing noiseopt[dev] with the versions in $(CONSTRAINTS_$*) into .venv-$* (once; some minutes)"
+	@$(call INSTALL,.venv-$*,$(CONSTRAINTS_$*)) setuptools
+	@$(call INSTALL,.venv-$*,$(CONSTRAINTS_$*)) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+.venv-oldest/created .venv-newest/created: .venv-%/created:
+	@$(PYTHON_$*) -c '' 2>/dev/null || { \
+		echo "$(PYTHON_$*) does not run: install it, or name another with" \
+			"make test-ends $$(echo $* | tr a-z A-Z)=path/to/python" >&2; \
+		exit 1; }
+	@$(PYTHON_$*) -m venv --clear .venv-$*
 	@touch $@

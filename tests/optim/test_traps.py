@@ -228,7 +228,8 @@ def test_a_warm_up_that_starts_at_zero_is_counted(sparse, tensor_lr):
     assert optimizer.num_updates == 2
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # torch 2.6 itself reads one
+@pytest.mark.filterwarnings("ignore:torch.distributed is .*assuming the intent is to")
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
 @pytest.mark.parametrize("files", [False, True], ids=["in memory", "in files"])
 def test_distributed_checkpoints_resume_bitwise(flat, files, tmp_path):
@@ -246,9 +247,9 @@ def test_distributed_checkpoints_resume_bitwise(flat, files, tmp_path):
     resumed = NoiseAwareAdamW(groups(other), noise=growing(max_norm=1.0))
     state = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
     if files:
-        dcp.save({"optimizer": state}, checkpoint_id=tmp_path, no_dist=True)
+        dcp.save({"optimizer": state}, checkpoint_id=tmp_path)
         found = {"optimizer": get_optimizer_state_dict(other, resumed, options=options)}
-        dcp.load(found, checkpoint_id=tmp_path, no_dist=True)
+        dcp.load(found, checkpoint_id=tmp_path)
         state = found["optimizer"]
     set_optimizer_state_dict(other, resumed, state, options=options)
     numbers = [o.state_dict()["param_groups"][0]["noise"] for o in (optimizer, resumed)]

@@ -1,0 +1,367 @@
+"""Gradients that ranks keep until the window ends, and that the optimizer then averages itself.
+
+The oracle is one process on the joined samples: the mean must be over all of them, however they
+are spread over ranks and micro-batches.
+"""
+
+import functools
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from torch.nn.parallel import DistributedDataParallel
+
+from noiseopt import NoiseAwareAdamW, NoiseConfig
+from tests.distributed.ranks import RANKS, part, result, run_on_ranks, weights_of, windows_of
+from tests.distributed.test_ddp import (
+    LR,
+    STEPS,
+    WAYS,
+    WithSpare,
+    adaptive_config,
+    alone,
+    assert_agreed,
+    assert_same_windows,
+    measured,
+    seen,
+)
+from tests.optim.helpers import advise, build, draw, loss_of, train
+
+WIDE = 64  # enough parameters for traffic to show
+
+
+def unwrapped(net, **kwargs):
+    return net
+
+
+def loop(optimizer, wrapped, batches, counts=False, loss=loss_of, accumulates=True):
+    for batch in batches:
+        if counts:
+            optimizer.set_samples(len(batch[0]))
+        with optimizer.accumulate(wrapped) if accumulates else nullcontext():
+            loss(wrapped, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def run(rank, wrap=DistributedDataParallel, steps=3, dtype=torch.float64, config=None, **ways):
+    net = build(dtype)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=config or measured(steps))
+    batches = part(draw(STEPS * RANKS, dtype=dtype), rank)
+    wrapped = wrap(net, **ways)
+    loop(optimizer, wrapped, batches, accumulates=config is None)
+    return seen(optimizer, net)
+
+
+def adaptive_run(rank):
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=adaptive_config(1))
+    loop(optimizer, DistributedDataParallel(net), part(draw(240 * RANKS), rank))
+    optimizer.flush()
+    return seen(optimizer, net)
+
+
+SIZES = ([3, 1, 5, 2, 7, 4, 6], [2, 8, 1, 4, 3])
+
+
+def uneven_batches(rank):
+    return draw(len(SIZES[rank]), SIZES[rank], seed=rank)
+
+
+def uneven(rank, reduction="mean"):
+    """Unequal samples, and one rank has two micro-batches more."""
+    net = build()
+    config = advise(2, decision_interval=1, loss_reduction=reduction)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=config)
+
+    def loss(model, batch):
+        return loss_of(model, batch) * (len(batch[0]) if reduction == "sum" else 1)
+
+    wrapped = DistributedDataParallel(net)
+    loop(optimizer, wrapped, uneven_batches(rank), counts=True, loss=loss)
+    flushed = optimizer.flush()
+    return seen(optimizer, net) | {"flushed": flushed, "again": optimizer.flush()}
+
+
+def no_data(rank):
+    """One rank has nothing at all."""
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=fixed_local(2))
+    loop(optimizer, net, draw(4) if rank == 0 else [], accumulates=False)
+    optimizer.flush()
+    return seen(optimizer, net)
+
+
+def fixed_local(steps):
+    return replace(advise(steps, decision_interval=1), gradients="local")
+
+
+def spare(rank):
+    """Layers that get no gradient on one rank, on some steps, or ever."""
+    net = WithSpare()
+    net.calls = rank
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
+    loop(optimizer, net, part(draw(8 * RANKS), rank))
+    return seen(optimizer, net) | {"touched": net.never.weight.grad is not None}
+
+
+def nonfinite(rank):
+    net = build()
+    config = NoiseConfig(
+        accumulation_steps=2,
+        min_accumulation_steps=2,
+        max_accumulation_steps=2,
+        adapt_clip=False,
+        decision_interval=1,
+    )
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=config)
+    batches = part(draw(8 * RANKS), rank)
+    if rank == 1:
+        batches[3] = (batches[3][0] * torch.nan, batches[3][1])
+    loop(optimizer, DistributedDataParallel(net), batches)
+    return seen(optimizer, net) | {"skipped": optimizer.decision.total_skipped}
+
+
+def scaled(rank):
+    """Each rank's GradScaler unscales its own part, with its own scale."""
+    net = build(torch.float32)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
+    scaler, wrapped = GradScaler("cpu", init_scale=2.0 ** (8 + rank)), DistributedDataParallel(net)
+    for index, batch in enumerate(part(draw(STEPS * RANKS, dtype=torch.float32), rank)):
+        with optimizer.accumulate(wrapped):
+            scaler.scale(loss_of(wrapped, batch)).backward()
+        scaler.step(optimizer)
+        scaler.update(2.0 ** (4 + index % 3 + rank))
+        optimizer.zero_grad()
+    return seen(optimizer, net)
+
+
+def mixed(rank):
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(3))
+    wrapped = DistributedDataParallel(net)
+    first, second = part(draw(2 * RANKS), rank)
+    loop(optimizer, wrapped, [first])
+    loss_of(wrapped, second).backward()
+    with pytest.raises(RuntimeError, match="micro-batch 2 of a window of 3 was run outside"):
+        optimizer.step()
+
+
+def sparse(rank):
+    net = nn.Embedding(5, 3, sparse=True)
+    optimizer = torch.optim.SGD
+    from noiseopt import NoiseAwareSGD
+
+    optimizer = NoiseAwareSGD(net.parameters(), lr=LR, noise=measured(2))
+    for _ in range(2):
+        with optimizer.accumulate(net):
+            net(torch.tensor([rank])).sum().backward()
+        if len(optimizer._collector) == 0:
+            optimizer.step()
+    with pytest.raises(RuntimeError, match="1 gradients are sparse"):
+        optimizer.step()
+
+
+def bytes_on_the_wire():
+    """What the loopback interface has carried so far."""
+    (line,) = [x for x in Path("/proc/net/dev").read_text().splitlines() if "lo:" in x]
+    return int(line.split(":")[1].split()[0])
+
+
+def traffic(rank, accumulates):
+    """Bytes for each update in windows of 8, of a model that makes rows of numbers negligible."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(WIDE * 4, WIDE * 4) for _ in range(8)))
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(8))
+    wrapped = DistributedDataParallel(net)
+    batches = [torch.randn(2, WIDE * 4) for _ in range(8 * 3)]
+
+    def loss(model, batch):
+        return model(batch).square().mean()
+
+    loop(optimizer, wrapped, batches[:8], loss=loss, accumulates=accumulates)
+    dist.barrier()
+    before = bytes_on_the_wire()
+    loop(optimizer, wrapped, batches[8:], loss=loss, accumulates=accumulates)
+    dist.barrier()
+    return (bytes_on_the_wire() - before) / 2
+
+
+def missing_rank(rank):
+    """A rank that never comes to the window's end: the others say who waits, and for what."""
+    from datetime import timedelta
+
+    group = dist.new_group(timeout=timedelta(seconds=3))
+    net = build()
+    optimizer = NoiseAwareAdamW(
+        net.parameters(), lr=LR, noise=fixed_local(1), process_group=group
+    )
+    batches = part(draw(2 * RANKS), rank)
+    train(net, optimizer, batches[:1])
+    if rank == 1:
+        return None
+    loss_of(net, batches[1]).backward()
+    with pytest.raises(RuntimeError, match="rank 0 waited in vain") as caught:
+        optimizer.step()
+    return str(caught.value)
+
+
+CASES = {
+    **{way: functools.partial(run, **kwargs) for way, kwargs in WAYS.items()},
+    "not wrapped": functools.partial(run, wrap=unwrapped),
+    "local": functools.partial(run, wrap=unwrapped, config=replace(measured(3), gradients="local")),
+    "local, one": functools.partial(
+        run, wrap=unwrapped, config=replace(measured(1), gradients="local")
+    ),
+    "window of one": functools.partial(run, steps=1),
+    "fp32": functools.partial(run, dtype=torch.float32),
+    "bf16": functools.partial(run, dtype=torch.bfloat16),
+    "adaptive": adaptive_run,
+    "uneven": uneven,
+    "uneven sums": functools.partial(uneven, reduction="sum"),
+    "no data": no_data,
+    "spare": spare,
+    "nonfinite": nonfinite,
+    "scaled": scaled,
+    "mixed": mixed,
+    "sparse": sparse,
+    "traffic": functools.partial(traffic, accumulates=True),
+    "traffic before": functools.partial(traffic, accumulates=False),
+    "missing": missing_rank,
+}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return run_on_ranks(CASES, tmp_path_factory.mktemp("own"))
+
+
+@pytest.mark.parametrize("way", [*WAYS, "not wrapped", "local"])
+def test_one_reduction_gives_the_windows_and_weights_of_one_process(ranks, way):
+    first, second = result(ranks, way)
+    assert_agreed(first, second)
+    expected = alone(3)
+    assert all(window.norms.count == RANKS * 3 for window in first["windows"])
+    assert_same_windows(first["windows"], expected["windows"], 1e-10)
+    torch.testing.assert_close(first["weights"], expected["weights"], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["window of one", "local, one"])
+def test_windows_of_one(ranks, name):
+    first, second = result(ranks, name)
+    assert_agreed(first, second)
+    expected = alone(1)
+    assert_same_windows(first["windows"], expected["windows"], 1e-10)
+    torch.testing.assert_close(first["weights"], expected["weights"], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("name", "rel"), [("fp32", 1e-5), ("bf16", 1e-2)])
+def test_in_the_types_that_models_have(ranks, name, rel):
+    first, second = result(ranks, name)
+    assert_agreed(first, second)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    assert_same_windows(first["windows"][:1], alone(3, dtype)["windows"][:1], rel)
+
+
+def test_an_adaptive_run_ends_where_one_process_on_the_same_samples_does(ranks):
+    first, second = result(ranks, "adaptive")
+    assert_agreed(first, second)
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=adaptive_config(RANKS))
+    train(net, optimizer, draw(240 * RANKS))
+    optimizer.flush()
+    assert [d.batch for d in first["decisions"]] == [d.batch for d in optimizer.decisions]
+    assert max(d.accumulation_steps for d in first["decisions"]) > 1
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["uneven", "uneven sums"])
+def test_uneven_data_loses_no_sample_and_hangs_no_rank(ranks, name):
+    """The windows by hand: two micro-batches of each rank while it has them."""
+    first, second = result(ranks, name)
+    assert_agreed(first, second)
+    batches = [uneven_batches(rank) for rank in range(RANKS)]
+    net = build()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=LR)
+    for at in range(0, 8, 2):
+        window = [batch for rank in batches for batch in rank[at : at + 2]]
+        train(net, optimizer, [tuple(torch.cat(parts) for parts in zip(*window, strict=True))])
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-10)
+    assert [w.norms.count for w in first["windows"]] == [4, 4, 3, 1]
+    assert sum(w.norms.samples for w in first["windows"]) == sum(map(sum, SIZES))
+    assert [w.norms.big_batch for w in first["windows"]] == pytest.approx(
+        [w.norms.samples for w in first["windows"]]
+    )
+    assert first["flushed"] is True
+    assert second["flushed"] is True
+    assert not first["again"]
+    assert not second["again"]
+
+
+def test_a_rank_without_data_takes_part(ranks):
+    first, second = result(ranks, "no data")
+    assert_agreed(first, second)
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=advise(2))
+    train(net, optimizer, draw(4))
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-10)
+
+
+def test_a_parameter_without_gradient_on_one_rank_is_averaged_with_zero(ranks):
+    first, second = result(ranks, "spare")
+    assert_agreed(first, second)
+    assert not first["touched"]
+    net = WithSpare()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=LR)
+    batches = [part(draw(8 * RANKS), rank) for rank in range(RANKS)]
+    for at in range(0, 8, 2):
+        for rank in range(RANKS):
+            for step in range(2):
+                net.calls = at + step + rank
+                (loss_of(net, batches[rank][at + step]) / 4).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-10)
+
+
+def test_what_is_not_finite_on_one_rank_is_left_out_and_nothing_else(ranks):
+    first, second = result(ranks, "nonfinite")
+    assert_agreed(first, second)
+    assert first["skipped"] == 1
+    assert [w.norms.count for w in first["windows"]] == [4, 3, 4, 4]
+    net = build()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=LR)
+    both = draw(8 * RANKS)
+    for at in range(0, len(both), 4):
+        used = [both[i] for i in range(at, at + 4) if i != 3 * RANKS + 1]
+        train(net, optimizer, [tuple(torch.cat(parts) for parts in zip(*used, strict=True))])
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-10)
+
+
+def test_loss_scales_that_differ_between_ranks_and_steps(ranks):
+    first, second = result(ranks, "scaled")
+    assert_agreed(first, second)
+    expected = alone(2, torch.float32)
+    assert_same_windows(first["windows"][:3], expected["windows"][:3], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["mixed", "sparse"])
+def test_what_cannot_be_averaged_is_an_error(ranks, name):
+    result(ranks, name)
+
+
+def test_a_window_of_8_sends_an_eighth_of_the_bytes(ranks):
+    """Counted by the loopback interface, which carries nothing else of that size meanwhile."""
+    with_it, without = (min(result(ranks, name)) for name in ("traffic", "traffic before"))
+    assert with_it <= without / 8 * 1.05
+
+
+def test_a_rank_that_does_not_come_is_named_with_the_window(ranks):
+    message, _ = result(ranks, "missing")
+    assert "window 2" in message
+    assert "flush()" in message
