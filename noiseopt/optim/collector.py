@@ -71,8 +71,9 @@ class GradientCollector:
         self._capture: BackwardCapture | None = None
         self._local: LocalNorms | None = None
         self._always_own = config.gradients == "local" and ranks.data > 1
-        self._ever_own = self._always_own
+        self.joins = self._always_own  # whether flush() goes on until every rank has called it
         self._is_own = self._always_own
+        self._has_averaged = False
         self.waits = False  # whether FSDP2 keeps the gradient of the micro-batch that comes
         self.loss_scale: float | Tensor = 1.0
         if config.accumulation == "external":
@@ -135,7 +136,7 @@ class GradientCollector:
         Raises:
             RuntimeError: the window's gradients are still in FSDP2's hands.
         """
-        if self._ever_own:
+        if self.joins:
             done = False
             while not done:
                 ended, done = self._reduce(groups, flushing=True)
@@ -164,12 +165,23 @@ class GradientCollector:
                 f"accumulate() was given a {type(model).__name__}, which cannot put off averaging "
                 "its sharded gradients: give it the model that fully_shard() was called on"
             )
-        elif last and len(self) == 0 and not self._always_own and hasattr(model, "no_sync"):
-            yield  # nothing to put off: averaged while the backward runs
+        elif self._is_averaged_best_by(model, last):
+            yield
         else:
-            self._is_own = self._ever_own = True
+            self._is_own = self.joins = True
             with self._unread(), keeping_own(model):
                 yield
+
+    def _is_averaged_best_by(self, model: nn.Module, last: bool) -> bool:
+        """Whether the model had better average this micro-batch itself, while its backward runs.
+
+        There is nothing to put off in a window of one; and DDP records a static graph in its first
+        passes, for which it must average.
+        """
+        if self._always_own or not hasattr(model, "no_sync") or self._window.alone:
+            return False
+        records = bool(getattr(model, "static_graph", False)) and not self._has_averaged
+        return records or (last and len(self) == 0)
 
     @contextmanager
     def _unread(self) -> Iterator[None]:
@@ -198,7 +210,7 @@ class GradientCollector:
 
     def _end(self, measured: Measured) -> Ended:
         """End a window whose mean over ranks `p.grad` holds, or this rank's shard of it."""
-        steps = len(self._window)
+        steps, self._has_averaged = len(self._window), True
         row = self._adaptation.agree(measured)
         scale = measured.scale
         if self._of_sums:

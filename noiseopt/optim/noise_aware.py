@@ -155,6 +155,8 @@ class NoiseAware(SavesNoise):
         """
         if not self._adaptation:
             return False
+        if self._collector.joins and not self._logged:
+            self._start(self._adaptation)
         windows = 0
         with torch.no_grad():
             for ended in self._collector.flush(self._all_params()):
