@@ -5,7 +5,6 @@ update, so every rank decides alike. Collectives are called here and nowhere els
 """
 
 import logging
-import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -76,14 +75,14 @@ class Ranks:
             data = world_size(process_group)
             return cls(data, groups=(process_group,) if data > 1 else ())
         sizes = {layout.data for layout in layouts if layout.data}
-        if len({layout.ranks for layout in layouts if layout.data}) > 1:
+        if len({layout.averaged_over for layout in layouts if layout.data}) > 1:
             raise ValueError(
                 "the parameters are sharded over different meshes, as experts are, and their "
                 "gradients averaged over different ranks, which is not measured yet: use "
                 "noise='off', or give each mesh's parameters an optimizer of their own"
             )
         model = max(layout.model for layout in layouts)
-        widest = max(layouts, key=lambda layout: len(layout.ranks)).mesh
+        widest = max((layout.mesh for layout in layouts), key=lambda mesh: mesh.size())
         told = world_size(process_group) if process_group is not None else None
         data = max(sizes) if sizes else told or max(world_size(None) // model, 1)
         if told not in (None, data):
@@ -168,9 +167,12 @@ class Ranks:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Over which ranks a sharded parameter lies: those with different data, and those without."""
+    """Over which ranks a sharded parameter lies: those with different data, and those without.
 
-    ranks: tuple[int, ...]
+    `averaged_over` are those with which this rank averages it; none if that is not the mesh's part.
+    """
+
+    averaged_over: tuple[int, ...]
     data: int
     model: int
     mesh: Any
@@ -178,14 +180,15 @@ class _Layout:
 
 def _layout(param: Any, managed: bool) -> _Layout:
     mesh = param.device_mesh
-    ranks = tuple(sorted(mesh.mesh.flatten().tolist()))
     if not managed:
-        return _Layout(ranks, 0, mesh.size(), mesh)
+        return _Layout((), 0, mesh.size(), mesh)
     # FSDP2 puts its own dimensions first: replicas, if any, then shards.
     split = [dim for dim, placed in enumerate(param.placements) if not placed.is_replicate()]
     last = split[0] if split else mesh.ndim - 1
-    data = math.prod(mesh.size(dim) for dim in range(last + 1))
-    return _Layout(ranks, data, mesh.size() // data, mesh)
+    here = mesh.get_coordinate()[last + 1 :]
+    averaged_over = mesh.mesh[(slice(None),) * (last + 1) + tuple(here)].flatten().tolist()
+    data = len(averaged_over)
+    return _Layout(tuple(sorted(averaged_over)), data, mesh.size() // data, mesh)
 
 
 def _groups(

@@ -352,7 +352,7 @@ def scale_all(tensors: Sequence[Tensor], factor: Tensor) -> None:
         factor: 0-d. Elsewhere than on the CPU nothing waits for it, unless a tensor is sparse.
     """
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-    for tensor in tensors:
+    for tensor in map(local, tensors):
         if tensor.layout == torch.strided:
             by_kind[tensor.device, torch.promote_types(tensor.dtype, torch.float32)].append(tensor)
         else:

@@ -17,7 +17,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from noiseopt import NoiseAwareAdamW, NoiseConfig
-from tests.distributed.ranks import RANKS, part, result, run_on_ranks, weights_of, windows_of
+from tests.distributed.ranks import RANKS, part, result, run_on_ranks, weights_of
 from tests.distributed.test_ddp import (
     LR,
     STEPS,
@@ -198,9 +198,7 @@ def missing_rank(rank):
 
     group = dist.new_group(timeout=timedelta(seconds=3))
     net = build()
-    optimizer = NoiseAwareAdamW(
-        net.parameters(), lr=LR, noise=fixed_local(1), process_group=group
-    )
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=fixed_local(1), process_group=group)
     batches = part(draw(2 * RANKS), rank)
     train(net, optimizer, batches[:1])
     if rank == 1:

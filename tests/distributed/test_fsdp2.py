@@ -1,0 +1,424 @@
+"""FSDP2, hybrid and tensor-parallel meshes on real ranks, held against one process."""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from noiseopt import NoiseAwareAdamW, NoiseAwareSGD, NoiseConfig, NoiseMonitor
+from tests.distributed.ranks import RANKS, part, result, run_on_ranks, weights_of
+from tests.distributed.test_ddp import (
+    LR,
+    STEPS,
+    adaptive_config,
+    alone,
+    assert_agreed,
+    assert_same_windows,
+    clipped_alone,
+    measured,
+    seen,
+)
+from tests.distributed.test_own_gradients import loop
+from tests.optim.helpers import FEATURES, HIDDEN, OUTPUTS, build, draw, loss_of, train
+
+POLICIES = {
+    "plainly": {},
+    "unsharded between": {"reshard_after_forward": False},
+    "offloaded": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+}
+
+
+def shard(net, **kwargs):
+    """Each layer on its own, and the model around them."""
+    for layer in net:
+        if list(layer.parameters()):
+            fully_shard(layer, **kwargs)
+    return fully_shard(net, **kwargs)
+
+
+def sharded_run(rank, steps=1, dtype=torch.float64, accumulates=False, **kwargs):
+    net = shard(build(dtype), **kwargs)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(steps))
+    batches = part(draw(STEPS * RANKS, dtype=dtype), rank)
+    loop(optimizer, net, batches, accumulates=accumulates)
+    return seen(optimizer, net)
+
+
+def adaptive_run(rank, accumulates):
+    net = shard(build())
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=adaptive_config(1))
+    loop(optimizer, net, part(draw(240 * RANKS), rank), accumulates=accumulates)
+    return seen(optimizer, net)
+
+
+def two_groups(rank):
+    """Parameter groups are measured apart; biases are too small for every rank to have a part."""
+    net = shard(build())
+    matrices = [p for p in net.parameters() if p.dim() > 1]
+    rest = [p for p in net.parameters() if p.dim() == 1]
+    groups = [{"params": matrices}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = NoiseAwareAdamW(groups, lr=LR, noise=measured(2))
+    loop(optimizer, net, part(draw(STEPS * RANKS), rank), accumulates=False)
+    return seen(optimizer, net)
+
+
+def clipped(rank):
+    net = shard(build(torch.float32))
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
+    for batch in part(draw(STEPS * RANKS, dtype=torch.float32), rank):
+        loss_of(net, batch).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen(optimizer, net)
+
+
+def fixed_auto(**settings):
+    return NoiseConfig(
+        accumulation_steps=2,
+        min_accumulation_steps=2,
+        max_accumulation_steps=2,
+        decision_interval=1,
+        **settings,
+    )
+
+
+def nonfinite(rank, accumulates):
+    """Each rank holds a shard of the sum and cannot tell alone: the window is left out on all."""
+    net = shard(build())
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=fixed_auto(adapt_clip=False))
+    batches = part(draw(8 * RANKS), rank)
+    if rank == 1:
+        batches[3] = (batches[3][0] * torch.nan, batches[3][1])
+    loop(optimizer, net, batches, accumulates=accumulates)
+    return seen(optimizer, net) | {"skipped": optimizer.decision.total_skipped}
+
+
+def clipping(rank):
+    """The optimizer's own clipping, by the norm of the whole mean gradient."""
+    net = shard(build())
+    config = fixed_auto(max_norm=0.1, adapt_clip=False)
+    optimizer = NoiseAwareSGD(net.parameters(), lr=LR, noise=config)
+    loop(optimizer, net, part(draw(4 * RANKS), rank), accumulates=False)
+    return seen(optimizer, net) | {"clipped": optimizer.decision.total_clipped}
+
+
+def external(rank, monitor):
+    net = shard(build())
+    config = replace(measured(2), accumulation="external")
+    if monitor:
+        optimizer = torch.optim.AdamW(net.parameters(), lr=LR)
+        readings = NoiseMonitor(optimizer, config)
+    else:
+        optimizer = readings = NoiseAwareAdamW(net.parameters(), lr=LR, noise=config)
+    batches = part(draw(STEPS * RANKS), rank)
+    for first, second in zip(batches[::2], batches[1::2], strict=True):
+        net.set_requires_gradient_sync(False)
+        (loss_of(net, first) / 2).backward()
+        net.set_requires_gradient_sync(True)
+        (loss_of(net, second) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen(readings, net)
+
+
+def summed(rank):
+    """Sums of losses of unequal weight, reduced once for each window."""
+    net = shard(build())
+    config = replace(measured(2), loss_reduction="sum", samples_per_micro_batch=None)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=config)
+    batches = draw(6, [2, 6, 3, 1, 5, 4] if rank == 0 else [4, 2, 2, 8, 1, 3], seed=rank)
+
+    def loss(model, batch):
+        return loss_of(model, batch) * len(batch[0])
+
+    loop(optimizer, net, batches, counts=True, loss=loss)
+    return seen(optimizer, net)
+
+
+def flushed_early(rank):
+    net = shard(build())
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(3))
+    batches = part(draw(5 * RANKS), rank)
+    loop(optimizer, net, batches[:4])
+    with pytest.raises(RuntimeError, match="FSDP2 still holds 1 micro-batches"):
+        optimizer.flush()
+    optimizer.shorten_window(2)
+    loop(optimizer, net, batches[4:])
+    assert optimizer.applied
+    return seen(optimizer, net)
+
+
+def experts(rank):
+    """Parameters that are averaged over different ranks."""
+    net = build()
+    fully_shard(net[0], mesh=init_device_mesh("cpu", (RANKS,)))
+    groups = [dist.new_group([other]) for other in range(RANKS)]
+    fully_shard(net[2], mesh=DeviceMesh.from_group(groups[rank], "cpu"))
+    with pytest.raises(ValueError, match="sharded over different meshes"):
+        NoiseAwareAdamW(net.parameters(), lr=LR)
+
+
+class Block(nn.Module):
+    """An MLP with a norm, for tensor parallelism."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.LayerNorm(FEATURES)
+        self.up = nn.Linear(FEATURES, HIDDEN)
+        self.down = nn.Linear(HIDDEN, OUTPUTS)
+        self.double()
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.up(self.norm(x))))
+
+
+def split(net, mesh):
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    return parallelize_module(net, mesh, plan)
+
+
+def tensor_parallel(rank, steps=2):
+    """Both ranks hold parts of one model and see the same data."""
+    net = split(Block(), init_device_mesh("cpu", (RANKS,)))
+    config = replace(measured(steps), samples_per_micro_batch=4)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=config)
+    train(net, optimizer, draw(STEPS))
+    return seen(optimizer, net)
+
+
+def hybrid(rank, replicate, steps=2, accumulates=False):
+    shape = (replicate, RANKS // replicate)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+    return sharded_run(rank, steps=steps, mesh=mesh, accumulates=accumulates)
+
+
+CASES = {
+    **{
+        f"{name} {steps} {accumulates}": functools.partial(
+            sharded_run, steps=steps, accumulates=accumulates, **kwargs
+        )
+        for name, kwargs in POLICIES.items()
+        for steps in (1, 3)
+        for accumulates in (False, True)
+    },
+    "fp32": functools.partial(sharded_run, steps=2, dtype=torch.float32),
+    "bf16 False": functools.partial(
+        sharded_run,
+        steps=2,
+        dtype=torch.float32,
+        mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32),
+    ),
+    "bf16 True": functools.partial(
+        sharded_run,
+        steps=2,
+        dtype=torch.float32,
+        accumulates=True,
+        mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32),
+    ),
+    "adaptive False": functools.partial(adaptive_run, accumulates=False),
+    "adaptive True": functools.partial(adaptive_run, accumulates=True),
+    "groups": two_groups,
+    "clipped": clipped,
+    "clipping": clipping,
+    "nonfinite False": functools.partial(nonfinite, accumulates=False),
+    "nonfinite True": functools.partial(nonfinite, accumulates=True),
+    "external": functools.partial(external, monitor=False),
+    "monitor": functools.partial(external, monitor=True),
+    "summed": summed,
+    "flushed": flushed_early,
+    "experts": experts,
+    "tensor parallel": tensor_parallel,
+    "hybrid 1": functools.partial(hybrid, replicate=1),
+    "hybrid 2": functools.partial(hybrid, replicate=2),
+    "hybrid 2, once": functools.partial(hybrid, replicate=2, accumulates=True),
+}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return run_on_ranks(CASES, tmp_path_factory.mktemp("fsdp2"))
+
+
+def assert_as_alone(results, steps, rel=1e-10, atol=1e-10):
+    first, second = results
+    assert_agreed(first, second)
+    expected = alone(steps)
+    assert all(window.norms.count == RANKS * steps for window in first["windows"])
+    assert_same_windows(first["windows"], expected["windows"], rel)
+    torch.testing.assert_close(first["weights"], expected["weights"], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_all_ranks_micro_batches_enter_one_estimate(ranks, policy, steps, accumulates):
+    assert_as_alone(result(ranks, f"{policy} {steps} {accumulates}"), steps)
+
+
+@pytest.mark.parametrize("name", ["hybrid 1", "hybrid 2", "hybrid 2, once"])
+def test_hybrid_meshes_count_shards_once_and_replicas_once(ranks, name):
+    assert_as_alone(result(ranks, name), 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "rel"), [("fp32", 1e-5), ("bf16 False", 1e-2), ("bf16 True", 1e-2)]
+)
+def test_in_the_types_that_models_have(ranks, name, rel):
+    first, second = result(ranks, name)
+    assert_agreed(first, second)
+    expected = alone(2, torch.float32)
+    assert_same_windows(first["windows"][:1], expected["windows"][:1], rel)
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_an_adaptive_run_ends_where_one_process_on_the_same_samples_does(ranks, accumulates):
+    first, second = result(ranks, f"adaptive {accumulates}")
+    assert_agreed(first, second)
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=adaptive_config(RANKS))
+    train(net, optimizer, draw(240 * RANKS))
+    assert max(d.accumulation_steps for d in first["decisions"]) > 1
+    assert [d.batch for d in first["decisions"]] == [d.batch for d in optimizer.decisions]
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-9)
+
+
+def test_groups_are_measured_apart(ranks):
+    first, second = result(ranks, "groups")
+    assert_agreed(first, second)
+    net = build()
+    matrices = [p for p in net.parameters() if p.dim() > 1]
+    rest = [p for p in net.parameters() if p.dim() == 1]
+    groups = [{"params": matrices}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = NoiseAwareAdamW(groups, lr=LR, noise=measured(2 * RANKS))
+    train(net, optimizer, draw(STEPS * RANKS))
+    assert_same_windows(first["windows"], seen(optimizer, net)["windows"], 1e-10)
+
+
+def test_clipping_by_the_loop_is_measured_as_it_is_applied(ranks):
+    first, second = result(ranks, "clipped")
+    assert_agreed(first, second)
+    expected = clipped_alone(0.5)
+    found = [(w.norms.small_sq[0], w.norms.big_sq[0]) for w in first["windows"]]
+    assert found[:3] == [pytest.approx(pair, rel=1e-5) for pair in expected[:3]]
+
+
+def test_the_optimizer_clips_by_the_whole_gradients_norm(ranks):
+    first, second = result(ranks, "clipping")
+    assert_agreed(first, second)
+    net = build()
+    config = replace(fixed_auto(max_norm=0.1, adapt_clip=False), max_accumulation_steps=4)
+    config = replace(config, accumulation_steps=4, min_accumulation_steps=2)
+    optimizer = NoiseAwareSGD(net.parameters(), lr=LR, noise=replace(config, mode="auto"))
+    train(net, optimizer, draw(4 * RANKS))
+    assert first["clipped"] == 2
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_a_window_with_something_not_finite_is_left_out_on_all_ranks(ranks, accumulates):
+    first, second = result(ranks, f"nonfinite {accumulates}")
+    assert_agreed(first, second)
+    assert first["skipped"] == 2
+    assert [w.applied for w in first["windows"]] == [True, False, True, True]
+    net = build()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=LR)
+    both = draw(8 * RANKS)
+    for at in (0, 8, 12):
+        parts = zip(*both[at : at + 4], strict=True)
+        train(net, optimizer, [tuple(torch.cat(tensors) for tensors in parts)])
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["external", "monitor"])
+def test_a_loop_that_accumulates_by_itself_is_measured_in_the_backward(ranks, name):
+    assert_as_alone(result(ranks, name), 2)
+
+
+def test_summed_losses_are_divided_by_the_samples_of_all(ranks):
+    first, second = result(ranks, "summed")
+    assert_agreed(first, second)
+    sizes = ([2, 6, 3, 1, 5, 4], [4, 2, 2, 8, 1, 3])
+    batches = [draw(6, sizes[rank], seed=rank) for rank in range(RANKS)]
+    net = build()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=LR)
+    for at in range(0, 6, 2):
+        window = [batch for rank in batches for batch in rank[at : at + 2]]
+        train(net, optimizer, [tuple(torch.cat(parts) for parts in zip(*window, strict=True))])
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["flushed", "experts"])
+def test_what_cannot_be_is_an_error_with_the_remedy(ranks, name):
+    result(ranks, name)
+
+
+def test_tensor_parallel_ranks_hold_one_gradient_together(ranks):
+    first, second = result(ranks, "tensor parallel")
+    assert_agreed(first, second)
+    net = Block()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
+    train(net, optimizer, draw(STEPS))
+    assert_same_windows(first["windows"], seen(optimizer, net)["windows"], 1e-9)
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-9)
+
+
+# ---------------------------------------------------------------------- four ranks
+
+
+def tensor_parallel_and_sharded(rank):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+    net = split(Block(), mesh["model"])
+    fully_shard(net, mesh=mesh["data"])
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
+    train(net, optimizer, part(draw(STEPS * 2), rank // 2))
+    return seen(optimizer, net)
+
+
+def hybrid_of_four(rank):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    net = shard(build(), mesh=mesh)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(1))
+    loop(optimizer, net, part(draw(STEPS * 4), rank, 4), accumulates=False)
+    return seen(optimizer, net)
+
+
+FOUR = {"tensor and data": tensor_parallel_and_sharded, "hybrid": hybrid_of_four}
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    return run_on_ranks(FOUR, tmp_path_factory.mktemp("four"), ranks=4)
+
+
+def test_four_ranks_of_tensor_and_data_parallelism(four):
+    first, *others = result(four, "tensor and data")
+    for other in others:
+        assert_agreed(first, other)
+    net = Block()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(4))
+    train(net, optimizer, draw(STEPS * 2))
+    assert_same_windows(first["windows"], seen(optimizer, net)["windows"], 1e-9)
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-9)
+
+
+def test_four_ranks_of_a_hybrid_mesh(four):
+    first, *others = result(four, "hybrid")
+    for other in others:
+        assert_agreed(first, other)
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(4))
+    train(net, optimizer, draw(STEPS * 4))
+    assert_same_windows(first["windows"], seen(optimizer, net)["windows"], 1e-9)
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-9)
