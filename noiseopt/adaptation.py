@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from noiseopt.agreement import Agreement
 from noiseopt.capture import APPLIED, Measured, big_columns, read_rows
@@ -27,7 +27,7 @@ from noiseopt.control import (
     to_numbers,
     unknown,
 )
-from noiseopt.distributed import Ranks, digest
+from noiseopt.distributed import Ranks, ddp_around, digest, refuse_join
 
 STATE_VERSION = 1
 KEPT_DECISIONS = 256
@@ -67,6 +67,7 @@ class Adaptation:
         self.ranks = ranks
         self.decisions: deque[Decision] = deque(maxlen=KEPT_DECISIONS)
         self.observers: list[Observer] = []
+        self._ddp: Callable[[], nn.Module | None] = lambda: None
         self._rule, self.num_groups = RATE_RULES[rule], num_groups
         self.restart()
 
@@ -134,6 +135,8 @@ class Adaptation:
         }
         self._learn()
         self.ranks.compare(facts | self._common_state(), "what they start from")
+        if self.ranks.all > 1:
+            self._ddp = ddp_around(groups)
 
     def _common_state(self) -> dict[str, Number]:
         """The state as far as ranks share it: what each has dropped is its own affair."""
@@ -228,6 +231,7 @@ class Adaptation:
         row = measured.row(self._losses)
         self._losses = []
         if self.ranks.all > 1:
+            refuse_join(self._ddp())
             mean = big_columns(row)
             if not self.ranks.sharded:
                 mean /= self.ranks.all

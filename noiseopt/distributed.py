@@ -4,16 +4,19 @@ Every decision rests on numbers that were summed over all of them, in one small 
 update, so every rank decides alike. Collectives are called here and nowhere else.
 """
 
+import gc
 import logging
+import weakref
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
+from torch.nn.parallel import DistributedDataParallel
 
 from noiseopt.capture import Share, is_sharded, share_among, unsharded_leaves
 
@@ -163,6 +166,31 @@ class Ranks:
                     f"ranks disagree on {what} (one value for each rank in its group): "
                     + "; ".join(lines)
                 )
+
+
+def ddp_around(groups: Sequence[Sequence[Tensor]]) -> Callable[[], nn.Module | None]:
+    """A weak reference to the DDP module that wraps some of these parameters, if there is one."""
+    own = {param for params in groups for param in params}
+    for found in gc.get_objects():  # DDP keeps no list of its modules, nor the parameters of it
+        if issubclass(type(found), DistributedDataParallel) and not own.isdisjoint(
+            found.parameters()
+        ):
+            return weakref.ref(found)
+    return lambda: None
+
+
+def refuse_join(ddp: Any) -> None:
+    """Refuse to step inside `ddp.join()`: a rank that is done answers DDP's collectives only.
+
+    Raises:
+        RuntimeError: the module is inside such a context.
+    """
+    if ddp is not None and ddp._join_config.enable:
+        raise RuntimeError(
+            "step() inside model.join(): a rank without data left takes no part in what the "
+            "optimizer sums over ranks; run each micro-batch inside optimizer.accumulate(model), "
+            "and call optimizer.flush() on every rank when its data ends"
+        )
 
 
 @dataclass(frozen=True)

@@ -331,6 +331,15 @@ def rates_that_differ(rank):
     return str(caught.value)
 
 
+def inside_join(rank):
+    """torch's own way with uneven data: a rank without data answers DDP's collectives only."""
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(1))
+    wrapped = DistributedDataParallel(net)
+    with pytest.raises(RuntimeError, match=r"step\(\) inside model.join\(\)"), wrapped.join():
+        train(wrapped, optimizer, draw(2 + rank))
+
+
 def a_group_of_one(rank):
     """Independent trainings side by side: each rank names a group of its own."""
     groups = [dist.new_group([other]) for other in range(RANKS)]
@@ -369,6 +378,7 @@ CASES = {
     "different": functools.partial(warnings_of, same_data=False, same_randomness=False),
     "starts": starts_that_differ,
     "rates": rates_that_differ,
+    "join": inside_join,
     "alone": a_group_of_one,
 }  # fmt: skip
 
@@ -530,7 +540,7 @@ def test_a_step_on_unsynchronised_gradients_is_an_error_on_every_rank(ranks):
         assert "process_group" in message
 
 
-@pytest.mark.parametrize("name", ["removed", "no backward"])
+@pytest.mark.parametrize("name", ["removed", "no backward", "join"])
 def test_gradients_that_cannot_be_measured_are_an_error(ranks, name):
     result(ranks, name)
 
