@@ -62,7 +62,7 @@ def test_a_window_that_was_not_applied_used_nothing():
     assert window == Window(None, 2, skipped=2, applied=False)
 
 
-def learned(ranks, steps, windows=30):
+def learned(ranks, steps, windows=80):
     """A controller that has seen windows of so many micro-batches on each of so many ranks."""
     config = NoiseConfig(accumulation_steps=steps, samples_per_micro_batch=4.0)
     count = ranks * steps
