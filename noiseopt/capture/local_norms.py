@@ -5,6 +5,7 @@ would have multiplied each rank's part by: a sample of entries, read at the end 
 again at the step, shows the factor.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -42,15 +43,21 @@ class LocalNorms:
         """Read one more group."""
         self.passes.add_group(params)
 
-    def take(self) -> Tensor:
-        """|g|^2 of each backward pass since the last call, as if it were alone in `p.grad`.
+    def take(self, groups: Sequence[Sequence[Tensor]], number: int) -> Tensor:
+        """|g|^2 of each backward pass since the last call, as a part of the mean in `p.grad`.
+
+        Where there were more passes than micro-batches, some gradient is their sum, whose norm
+        theirs do not tell: then it is nan.
+
+        Args:
+            groups: the parameters of each group.
+            number: how many micro-batches there were.
 
         Returns:
-            Shape (passes, groups). The mean of these gradients over passes and ranks is `p.grad`
-            if each pass is taken times their number.
+            Shape (number, groups).
 
         Raises:
-            RuntimeError: no backward pass was seen.
+            RuntimeError: no backward pass was seen, or gradients were removed or added since.
         """
         if len(self) == 0:
             raise RuntimeError(
@@ -58,6 +65,16 @@ class LocalNorms:
                 "read as loss.backward() brings them; if p.grad is made otherwise, use "
                 "noise='off', or NoiseConfig(gradients='local') to have the optimizer average it"
             )
+        self._check(groups)
+        norms = torch.stack(self.passes.norms)
+        if self._before is not None:
+            # 0/0 where the sample is all zeros: then nothing shows a factor.
+            norms = norms * (self._sum_of_squares() / self._before).nan_to_num(1.0, 1.0)
+        passes = len(self)
+        self.clear()
+        return norms if passes == number else norms.new_full((number, norms.shape[1]), math.nan)
+
+    def _check(self, groups: Sequence[Sequence[Tensor]]) -> None:
         removed = sum(param.grad is None for param in self._with_grad)
         if removed:
             raise RuntimeError(
@@ -65,12 +82,14 @@ class LocalNorms:
                 "step(), so that what the ranks measured is not what would be applied: freeze "
                 "parameters by requires_grad_(False) instead"
             )
-        norms = torch.stack(self.passes.norms)
-        if self._before is not None:
-            # 0/0 where the sample is all zeros: then nothing shows a factor.
-            norms = norms * (self._sum_of_squares() / self._before).nan_to_num(1.0, 1.0)
-        self.clear()
-        return norms
+        watched = self.passes.watched
+        added = sum(p.grad is not None and p not in watched for params in groups for p in params)
+        if added:
+            raise RuntimeError(
+                f"{added} of the optimizer's parameters have a gradient but are not watched: the "
+                "model was changed after the optimizer was built; build it after the change, or "
+                "give them to add_param_group()"
+            )
 
     def clear(self) -> None:
         """Forget what was read."""

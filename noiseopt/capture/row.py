@@ -30,7 +30,6 @@ class Measured:
         samples: n_i, shape (K,).
         weights: w_i up to a common factor, shape (K,); 0 for skipped micro-batches.
         scale: what `p.grad` is still to be multiplied by to be the mean; None for 1.
-        portions: how much of a micro-batch each gradient is, shape (K,); None for all of it.
     """
 
     small_norms: Tensor
@@ -38,10 +37,9 @@ class Measured:
     samples: Tensor
     weights: Tensor
     scale: Tensor | None
-    portions: Tensor | None = None
 
     def __len__(self) -> int:
-        """K, the gradients of the window, the skipped ones included."""
+        """K, the micro-batches of the window, the skipped ones included."""
         return self.small_norms.shape[0]
 
     def row(self, losses: Sequence[Tensor]) -> Tensor:
@@ -56,16 +54,15 @@ class Measured:
             return self._row_of_one(losses)
         used = self.weights > 0
         small = torch.where(used[:, None], self.small_norms, 0.0).mul(self.weights[:, None]).sum(0)
-        portions = torch.ones_like(self.weights) if self.portions is None else self.portions
-        counted = used.to(self.weights.dtype)
+        ones, counted = torch.ones_like(self.weights), used.to(self.weights.dtype)
         sums = [
             self.weights,
             self.weights / self.samples,
             self.weights.square() / self.samples,
             counted,
             self.samples * counted,
-            portions,
-            portions * (1 - counted),
+            ones,
+            ones - counted,
         ]
         loss = sum(loss.to(small.device, small.dtype, non_blocking=True) for loss in losses)
         rest = torch.stack([_like(value, small) for value in (loss, len(losses), 1.0, 0.0)])
@@ -74,9 +71,8 @@ class Measured:
     def _row_of_one(self, losses: Sequence[Tensor]) -> Tensor:
         """The same where it takes little arithmetic and reading is free: made as plain numbers."""
         samples, weight = self.samples.item(), self.weights.item()
-        portion = 1.0 if self.portions is None else self.portions.item()
         inverse = weight / samples
-        tail = (weight, inverse, weight * inverse, 1, samples, portion, 0)
+        tail = (weight, inverse, weight * inverse, 1, samples, 1, 0)
         ended = (sum(map(float, losses)), len(losses), 1, 0)
         small = [weight * value for value in self.small_norms[0].tolist()]
         numbers = [*small, *self.big_norms.tolist(), *tail, *ended]

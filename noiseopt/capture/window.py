@@ -62,9 +62,9 @@ class GradientWindow:
         return len(self._samples)
 
     @property
-    def passed_over(self) -> bool:
-        """Whether there are micro-batches whose gradients are still to come."""
-        return len(self) > len(self._norms)
+    def passed_over(self) -> int:
+        """How many micro-batches there are whose gradients are still to come."""
+        return len(self) - len(self._norms)
 
     @property
     def nbytes(self) -> int:
@@ -86,8 +86,8 @@ class GradientWindow:
             samples: n_i.
             weight: w_i, the micro-batch's weight in the mean, on all ranks the same.
             closes: whether it is the window's last.
-            local_norms: what this rank's backwards brought to it before `p.grad` became a mean over
-                ranks, shape (passes, groups); see `LocalNorms`.
+            local_norms: what this rank brought before `p.grad` became a mean over ranks, for each
+                micro-batch that was passed over and for this one, shape (number, groups).
 
         Returns:
             None while the window stays open. At its end `p.grad` holds the weighted sum, and what
@@ -159,7 +159,7 @@ class GradientWindow:
 
     def add_group(self) -> None:
         """Count one more parameter group as without gradient in the window so far."""
-        self._norms = [torch.nn.functional.pad(norms, (0, 1)) for norms in self._norms]
+        self._norms = [torch.cat([norms, norms.new_zeros(1)]) for norms in self._norms]
 
     def clear(self, keep_memory: bool) -> None:
         """Start the next window."""
@@ -183,15 +183,7 @@ class GradientWindow:
         finite = self._judge(norms, grads, closes)
         self.pass_over(samples, weight)
         self._finite[-1] = finite
-        behind = len(self) - len(self._norms)
-        if local_norms is None:
-            local_norms = norms[None]
-        if len(local_norms) % behind:
-            raise RuntimeError(
-                f"{len(local_norms)} backward passes were seen in {behind} micro-batches: run the "
-                "same number in each"
-            )
-        self._norms += torch.split(local_norms, len(local_norms) // behind)
+        self._norms += list(norms[None] if local_norms is None else local_norms)
         return norms
 
     def _judge(self, norms: Tensor, grads: Groups, closes: bool) -> Tensor | bool:
@@ -307,41 +299,32 @@ class GradientWindow:
         return self._measured(big / total.square(), 1 / total)
 
     def _measured(self, big: Tensor, scale: Tensor | None) -> Measured:
-        samples, weights, portions = self._counts()
-        small = torch.cat(self._norms) if self._norms else big.new_zeros(0, len(big))
+        samples, weights = self._counts()
+        small = torch.stack(self._norms) if self._norms else big.new_zeros(0, len(big))
         if self._of_sums:
-            small = small / self._spread_out(self._weights).square()[:, None]
-        if portions is not None:
-            small = small / portions.square()[:, None]
-        return Measured(small, big, samples, weights, scale, portions)
+            small = small / self._each(self._weights).square()[:, None]
+        return Measured(small, big, samples, weights, scale)
 
-    def _counts(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """n_i, w_i with 0 for what was left out, and portions; made on the device, uncopied."""
-        samples = self._spread_out(self._samples)
-        weights = self._spread_out([weight / self._unit for weight in self._weights])
-        portions = None
-        if len(samples) > len(self):
-            portions = self._spread_out([1.0] * len(self))
-            passes = self._spread_out([float(len(norms)) for norms in self._norms])
-            samples, weights, portions = samples / passes, weights / passes, portions / passes
+    def _counts(self) -> tuple[Tensor, Tensor]:
+        """n_i, and w_i with 0 for what was left out; made on the device, without a copy."""
+        samples = self._each(self._samples)
+        weights = self._each([weight / self._unit for weight in self._weights])
         if all(flag is True for flag in self._finite):
-            return samples, weights, portions
-        finite = self._spread_out(self._finite)
-        return samples, weights * finite, portions
+            return samples, weights
+        return samples, weights * self._each(self._finite)
 
-    def _spread_out(self, values: Sequence[Tensor | float]) -> Tensor:
-        """A value of each micro-batch, for each of its gradients; shape (K,)."""
-        like = self._norms[0] if self._norms else torch.empty(0, dtype=sum_dtype(self._device))
-        if all(len(norms) == 1 for norms in self._norms):
-            first = values[0] if values else 0.0
-            if not isinstance(first, Tensor) and values.count(first) == len(values):
-                return like.new_full((len(values),), first)
-        spread = [
-            value.to(like.dtype) if isinstance(value, Tensor) else like.new_full((), value)
-            for value, norms in zip(values, self._norms, strict=True)
-            for _ in range(len(norms))
-        ]
-        return torch.stack(spread)
+    def _each(self, values: Sequence[Tensor | float]) -> Tensor:
+        """One value of each micro-batch; shape (K,)."""
+        like = torch.empty(0, dtype=sum_dtype(self._device), device=self._device)
+        first = values[0] if values else 0.0
+        if not isinstance(first, Tensor) and values.count(first) == len(values):
+            return like.new_full((len(values),), first)
+        return torch.stack(
+            [
+                value.to(like.dtype) if isinstance(value, Tensor) else like.new_full((), value)
+                for value in values
+            ]
+        )
 
 
 def scale_all(tensors: Sequence[Tensor], factor: Tensor) -> None:

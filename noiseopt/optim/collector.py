@@ -74,6 +74,7 @@ class GradientCollector:
         self.joins = self._always_own  # whether flush() goes on until every rank has called it
         self._is_own = self._always_own
         self._has_averaged = False
+        self._told_of_passes = False
         self.waits = False  # whether FSDP2 keeps the gradient of the micro-batch that comes
         self.loss_scale: float | Tensor = 1.0
         if config.accumulation == "external":
@@ -126,7 +127,7 @@ class GradientCollector:
             self._window.take_alone(groups, samples, weight, closes)
             return self._reduce(groups, flushing=False)[0] if closes else None
         self._settle(groups)
-        norms = None if self._local is None else self._local.take()
+        norms = None if self._local is None else self._read_own(self._local, groups)
         measured = self._window.take(groups, samples, weight, closes, norms)
         return None if measured is None else self._end(measured)
 
@@ -201,6 +202,18 @@ class GradientCollector:
                 f"{'inside' if own else 'outside'} optimizer.accumulate(model) and the ones before "
                 "it were not: run all of them alike"
             )
+
+    def _read_own(self, local: LocalNorms, groups: Groups) -> Tensor:
+        passes, number = len(local), self._window.passed_over + 1
+        if passes > number and not self._told_of_passes:
+            self._told_of_passes = True
+            self._ranks.warn(
+                f"{passes} backward passes in {number} micro-batches: what each rank contributes "
+                "to their sum is unknown, and such windows are not measured; add the losses up "
+                "and call backward() once, or, where the loop accumulates by itself, set "
+                "accumulation='external'"
+            )
+        return local.take(groups, number)
 
     def _settle(self, groups: Groups) -> None:
         if self._ranks.model > 1:

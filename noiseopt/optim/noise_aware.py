@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from noiseopt.adaptation import Adaptation
-from noiseopt.capture import device_of, end_row, local, scale_all
+from noiseopt.capture import device_of, end_row, is_sharded, scale_all
 from noiseopt.control import NoiseConfig
 from noiseopt.distributed import Ranks
 from noiseopt.optim.checks import check_group, check_step, prefer_fused
@@ -195,6 +195,7 @@ class NoiseAware(SavesNoise):
         if params or not self._collector.waits:
             check_step(self.param_groups, params)
         if self._only_builds_state(params):
+            self._collector.clear(keep_memory=False)
             self._torch_step()
             return
         if not self._logged:
@@ -285,7 +286,9 @@ class NoiseAware(SavesNoise):
         """
         if self.state or any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
-        return all(not local(p.grad).any() for p in params if p.grad is not None)
+        if any(map(is_sharded, params)):
+            return True  # what one rank's part shows, another's may not
+        return all(not p.grad.any() for p in params if p.grad is not None)
 
     def _user_lr(self) -> float:
         return max(float(group["lr"]) for group in self.param_groups)
