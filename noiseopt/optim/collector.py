@@ -6,6 +6,7 @@ ends, the mean in `p.grad` and what it took to measure it.
 """
 
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,6 +82,9 @@ class GradientCollector:
             self._capture = BackwardCapture(groups, lambda: adaptation.steps, self._share)
         elif ranks.data > 1 and not self._always_own:
             self._local = LocalNorms(groups)
+        for hooks in (self._capture, self._local):
+            if hooks is not None:
+                weakref.finalize(self, hooks.passes.detach)
 
     def __len__(self) -> int:
         """Micro-batches in the open window, as far as they are known."""

@@ -5,6 +5,7 @@ samples, the same gradients and the same weights.
 """
 
 import functools
+import gc
 import logging
 from contextlib import nullcontext
 from dataclasses import replace
@@ -345,6 +346,17 @@ def inside_join(rank):
         train(wrapped, optimizer, draw(2 + rank))
 
 
+def an_optimizer_that_is_gone(rank):
+    """Its hooks go with it."""
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(1))
+    wrapped = DistributedDataParallel(net)
+    train(wrapped, optimizer, part(draw(2 * RANKS), rank))
+    del optimizer
+    gc.collect()
+    return sum(len(p._backward_hooks or ()) for p in net.parameters())
+
+
 def a_group_of_one(rank):
     """Independent trainings side by side: each rank names a group of its own."""
     groups = [dist.new_group([other]) for other in range(RANKS)]
@@ -385,6 +397,7 @@ CASES = {
     "starts": starts_that_differ,
     "rates": rates_that_differ,
     "join": inside_join,
+    "gone": an_optimizer_that_is_gone,
     "alone": a_group_of_one,
 }  # fmt: skip
 
@@ -602,6 +615,10 @@ def test_ranks_that_start_from_different_settings_stop(ranks):
 def test_ranks_whose_decisions_would_part_stop_and_say_what_differs(ranks):
     for message in result(ranks, "rates"):
         assert "lr: [0.01, 0.02]" in message
+
+
+def test_an_optimizer_that_is_gone_leaves_no_hooks(ranks):
+    assert result(ranks, "gone") == [0, 0]
 
 
 def test_a_rank_can_train_alone(ranks):
