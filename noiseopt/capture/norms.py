@@ -31,7 +31,7 @@ def squared_norms(
     """
     if share is not None:
         return torch.stack([_shared_norm(grads, device, share) for grads in groups])
-    return torch.stack([_squared_norm(grads, device) for grads in groups])
+    return torch.stack([_squared_norm(list(map(local, grads)), device) for grads in groups])
 
 
 def begun_norm(grad: Tensor) -> Tensor:

@@ -66,6 +66,7 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """The mean loss in nats per byte of predicting tokens[:, 1:], (batch, context + 1)."""
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        x = self.tokens(inputs) + self.positions(torch.arange(inputs.shape[1]))
+        positions = torch.arange(inputs.shape[1], device=inputs.device)
+        x = self.tokens(inputs) + self.positions(positions)
         logits = F.linear(self.norm(self.blocks(x)), self.tokens.weight)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())

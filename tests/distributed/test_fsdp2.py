@@ -374,6 +374,40 @@ def test_tensor_parallel_ranks_hold_one_gradient_together(ranks):
     torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-9)
 
 
+# ---------------------------------------------------------------------- one rank
+
+ONE = {
+    **{
+        f"{steps} {accumulates}": functools.partial(
+            sharded_run, steps=steps, accumulates=accumulates
+        )
+        for steps in (1, 3)
+        for accumulates in (False, True)
+    },
+    "adaptive": functools.partial(adaptive_run, accumulates=True),
+    "external": functools.partial(external, monitor=False),
+    "monitor": functools.partial(external, monitor=True),
+}
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return run_on_ranks(ONE, tmp_path_factory.mktemp("one"), ranks=1)
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_a_sharded_model_on_one_rank_is_measured_as_a_plain_one(one, name):
+    """As when a run goes on on fewer ranks, down to the last."""
+    (found,) = result(one, name)
+    net = build()
+    config = {"adaptive": adaptive_config(1), "1": measured(1), "3": measured(3)}
+    noise = config.get(name.partition(" ")[0], measured(2))
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=noise)
+    train(net, optimizer, part(draw((240 if name == "adaptive" else STEPS) * RANKS), 0))
+    assert_same_windows(found["windows"], seen(optimizer, net)["windows"], 1e-9)
+    torch.testing.assert_close(found["weights"], weights_of(net), rtol=0, atol=1e-9)
+
+
 # ---------------------------------------------------------------------- four ranks
 
 
