@@ -25,7 +25,8 @@ class NoiseConfig:
             as long as `accumulation_steps` says, and calls `step()` once.
         gradients: "auto": when `step()` is called `p.grad` holds the mean over ranks, as DDP and
             FSDP2 leave it, except after `accumulate(model)`. "local": it holds this rank's own, as
-            of a model that is not wrapped, and the optimizer averages them.
+            of a model that is not wrapped, or of DDP inside `accumulate(model)`; the optimizer
+            averages them over all samples, and ranks may have different numbers of micro-batches.
         loss_reduction: "mean": the loss is a mean over its micro-batch. "sum": it is a sum, and
             `set_samples` says of how many or of what weight; the optimizer divides by the sum of
             all, over ranks and micro-batches.

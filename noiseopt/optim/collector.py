@@ -72,7 +72,11 @@ class GradientCollector:
         self._capture: BackwardCapture | None = None
         self._local: LocalNorms | None = None
         self._always_own = config.gradients == "local" and ranks.data > 1
-        self.joins = self._always_own  # whether flush() goes on until every rank has called it
+        if self._always_own and ranks.sharded:
+            raise ValueError(
+                "gradients='local' with sharded parameters, whose gradients their mesh averages: "
+                "leave it at 'auto'"
+            )
         self._is_own = self._always_own
         self._has_averaged = False
         self._told_of_passes = False
@@ -136,12 +140,12 @@ class GradientCollector:
         return None if measured is None else self._end(measured)
 
     def flush(self, groups: Groups) -> Iterator[Ended]:
-        """End the open window, and where gradients are the ranks' own, theirs too, until the last.
+        """End the open window; where gradients always are the ranks' own, all of theirs too.
 
         Raises:
             RuntimeError: the window's gradients are still in FSDP2's hands.
         """
-        if self.joins:
+        if self._always_own:
             done = False
             while not done:
                 ended, done = self._reduce(groups, flushing=True)
@@ -152,6 +156,8 @@ class GradientCollector:
                 f"flush() in a window of which FSDP2 still holds {len(self)} micro-batches: call "
                 "shorten_window() before the last one's forward, so that it is reduced with it"
             )
+        elif self._window.alone:
+            yield self._reduce(groups, flushing=True)[0]
         elif len(self._window) > 0:
             yield self._end(self._window.flush(groups))
 
@@ -173,7 +179,7 @@ class GradientCollector:
         elif self._is_averaged_best_by(model, last):
             yield
         else:
-            self._is_own = self.joins = True
+            self._is_own = True
             with self._unread(), keeping_own(model):
                 yield
 
@@ -183,9 +189,14 @@ class GradientCollector:
         There is nothing to put off in a window of one; and DDP records a static graph in its first
         passes, for which it must average.
         """
+        records = bool(getattr(model, "static_graph", False)) and not self._has_averaged
+        if self._always_own and records:
+            raise ValueError(
+                "gradients='local' with DDP's static_graph=True: DDP must average in its first "
+                "pass, to record the graph; leave out one of the two"
+            )
         if self._always_own or not hasattr(model, "no_sync") or self._window.alone:
             return False
-        records = bool(getattr(model, "static_graph", False)) and not self._has_averaged
         return records or (last and len(self) == 0)
 
     @contextmanager

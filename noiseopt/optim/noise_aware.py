@@ -124,10 +124,12 @@ class NoiseAware(SavesNoise):
         """Wrap forward and backward of one micro-batch: gradients are averaged once per window.
 
         Under DDP, or with a model that is not wrapped, each rank sums its own gradients in fp32 and
-        the optimizer averages the sums, weighted by their samples, when the window ends; ranks may
-        bring different numbers of micro-batches if each calls `flush` at the end of its data. FSDP2
-        sums unsharded gradients and reduces them in the window's last backward, each micro-batch
-        weighing the same; before that `p.grad` is None. On a single rank it does nothing.
+        the optimizer averages the sums, weighted by their samples, when the window ends; a window
+        of one DDP averages itself, while the backward runs. With `NoiseConfig(gradients="local")`
+        the optimizer always does: then ranks may also bring different numbers of micro-batches, if
+        each calls `flush` at the end of its data. FSDP2 sums unsharded gradients and reduces them
+        in the window's last backward, each micro-batch weighing the same; before that `p.grad` is
+        None. On a single rank it does nothing.
 
         Args:
             model: the wrapped model.
@@ -144,8 +146,8 @@ class NoiseAware(SavesNoise):
     def flush(self) -> bool:
         """Apply an open window as it is, for instance at the end of the data.
 
-        Where ranks keep their own gradients (see `accumulate`), it goes on to take part in windows
-        until every rank has called it.
+        With `NoiseConfig(gradients="local")` it goes on to take part in the other ranks' windows
+        until every rank has called it. Otherwise all ranks must have had as many micro-batches.
 
         Returns:
             Whether there was one to apply.
@@ -155,7 +157,7 @@ class NoiseAware(SavesNoise):
         """
         if not self._adaptation:
             return False
-        if self._collector.joins and not self._logged:
+        if self.config.gradients == "local" and not self._logged:
             self._start(self._adaptation)
         windows = 0
         with torch.no_grad():
