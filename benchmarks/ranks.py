@@ -14,8 +14,8 @@ cost: time of whole updates (forward, backward, step) of a byte-level GPT on two
     it, or sending it more rarely, could gain.
 share: where our updates spend their time, each part without those inside it. The row's all-reduce
     includes waiting for the other rank. In rounds of their own, since watching takes time too.
-traffic: bytes for each update, as the loopback interface counts them; the least of several rounds,
-    since others may use the interface.
+traffic: bytes for each update: those that the ranks' own connections received, and those that the
+    loopback interface carried for whomever; the least of several rounds.
 row: the row's all-reduce on 1 to 8 ranks, alone and inside updates. Where there are more ranks than
     cores, they take turns on them.
 prediction: the share of an update that the row takes on more ranks, by a model whose constants are
@@ -520,45 +520,63 @@ def shares(
 # --- bytes on the wire --------------------------------------------------------------------------
 
 TRAFFIC: dict[str, tuple[Callable[..., Arm], int]] = {
-    "plain": (Plain, 1),
-    "ours": (Ours, 1),
+    REFERENCE: (Plain, 1),
+    OURS: (Ours, 1),
     "plain, no_sync": (Plain, LONG_WINDOW),
     EVERY: (partial(Plain, every=True), LONG_WINDOW),
     "ours, without accumulate()": (Ours, LONG_WINDOW),
     ACCUMULATING: (partial(Ours, accumulates=True), LONG_WINDOW),
 }
+REFERENCES = {1: REFERENCE, LONG_WINDOW: EVERY}
+BYTES_START, BYTES_END = 128, 136  # tcpi_bytes_received in Linux's struct tcp_info
 
 
-def bytes_on_the_wire() -> int:
-    """What the loopback interface has carried so far."""
+def on_loopback() -> int:
+    """What the loopback interface has carried so far, for whomever."""
     (line,) = [x for x in Path("/proc/net/dev").read_text().splitlines() if "lo:" in x]
     return int(line.split(":")[1].split()[0])
 
 
-def traffic(size: Size, updates: int, rounds: int) -> dict[str, float]:
-    """The least bytes for each update of the arms, which take turns."""
+def received() -> int:
+    """What the TCP connections of this process have brought so far."""
+    total = 0
+    for link in Path("/proc/self/fd").iterdir():
+        if link.is_symlink() and os.readlink(link).startswith("socket:"):
+            with socket.socket(fileno=os.dup(int(link.name))) as opened:
+                if opened.family in (socket.AF_INET, socket.AF_INET6):
+                    info = opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, BYTES_END)
+                    total += int.from_bytes(info[BYTES_START:BYTES_END], sys.byteorder)
+    return total
+
+
+def traffic(size: Size, updates: int, rounds: int) -> dict[str, tuple[float, float]]:
+    """The least bytes for each update of the arms, which take turns: received, and on loopback."""
     arms = {name: build("DDP", size, window) for name, (build, window) in TRAFFIC.items()}
-    least = dict.fromkeys(arms, math.inf)
-    for number in range(rounds + 1):  # the first sets up
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for _ in range(rounds + 1):  # the first sets up
         for name, arm in arms.items():
             dist.barrier()
-            before = bytes_on_the_wire()
+            own, all_carried = received(), on_loopback()
             for _ in range(updates):
                 arm.update()
-            dist.barrier()
-            if number > 0:
-                least[name] = min(least[name], (bytes_on_the_wire() - before) / updates)
-    return least
+            own, all_carried = received() - own, on_loopback() - all_carried
+            found[name].append((own / updates, all_carried / updates))
+    return {
+        name: (min(own for own, _ in counts[1:]), min(carried for _, carried in counts[1:]))
+        for name, counts in found.items()
+    }
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes for each update on all ranks together.
+    """Bytes for each update, on all ranks together.
 
     Attributes:
         gradient: bytes of one gradient.
-        bytes: as counted, with headers.
-        of_every: over that of averaging in every micro-batch of the same window.
+        bytes: received by the ranks.
+        of_every: that over the same where every micro-batch of such a window is averaged.
+        loopback: carried by the interface, with headers and acknowledgements.
+        loopback_of_every: the same ratio of it.
     """
 
     part: str
@@ -569,24 +587,33 @@ class Traffic:
     gradient: int
     bytes: int
     of_every: float
+    loopback: int
+    loopback_of_every: float
 
 
-def traffics(size: Size, found: Sequence[Mapping[str, float]]) -> list[Traffic]:
-    least = {name: min(each[name] for each in found) for name in found[0]}
-    base = {1: least["plain"], LONG_WINDOW: least[EVERY]}
-    return [
-        Traffic(
-            part="traffic",
-            size=size.name,
-            window=window,
-            ranks=len(found),
-            arm=name,
-            gradient=4 * count(size.shape),
-            bytes=round(least[name]),
-            of_every=round(least[name] / base[window], 5),
+def traffics(size: Size, found: Sequence[Mapping[str, tuple[float, float]]]) -> list[Traffic]:
+    counts = {
+        name: (sum(each[name][0] for each in found), min(each[name][1] for each in found))
+        for name in found[0]
+    }
+    records = []
+    for name, (_, window) in TRAFFIC.items():
+        (own, carried), (own_every, carried_every) = counts[name], counts[REFERENCES[window]]
+        records.append(
+            Traffic(
+                part="traffic",
+                size=size.name,
+                window=window,
+                ranks=len(found),
+                arm=name,
+                gradient=4 * count(size.shape),
+                bytes=round(own),
+                of_every=round(own / own_every, 5),
+                loopback=round(carried),
+                loopback_of_every=round(carried / carried_every, 5),
+            )
         )
-        for name, (_, window) in TRAFFIC.items()
-    ]
+    return records
 
 
 # --- the row ------------------------------------------------------------------------------------
