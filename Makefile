@@ -55,8 +55,9 @@ format: $(VENV)/installed-dev ## put the sources into the house format
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-bench: $(VENV)/installed-bench ## measure the overhead and the estimator against its peers
+bench: $(VENV)/installed-bench ## measure the overhead, also across ranks, and the estimator against its peers
 	@$(BIN)/python benchmarks/overhead.py $(ARGS)
+	@$(BIN)/python benchmarks/ranks.py $(ARGS)
 	@$(BIN)/python benchmarks/estimator.py $(ARGS)
 
 clean: ## remove what building and testing left

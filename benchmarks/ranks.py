@@ -1,0 +1,981 @@
+"""What noiseopt costs across ranks, next to plain DDP and FSDP2 with AdamW and clip_grad_norm_.
+
+    python benchmarks/ranks.py            # all of it; adds to results/ranks.json
+    python benchmarks/ranks.py --quick    # a smoke test, writes nothing unless --output is given
+
+Ranks are processes of one thread each on this machine, over gloo.
+
+cost: time of whole updates (forward, backward, step) of a byte-level GPT on two ranks. Arms take
+    their updates in turn, in an order that is drawn anew for each, a barrier before each; an update
+    lasts until the slower rank is done. A round holds a decision of our arms. What is reported is
+    the ratio of the median rounds, with a bootstrap interval of 95 % over rounds; the arm "plain,
+    again" is the control: nothing smaller than its distance from 1 is resolved. "ours, row not
+    sent" is what is left if the row's all-reduce took no time at all: a bound on what overlapping
+    it, or sending it more rarely, could gain.
+share: where our updates spend their time, each part without those inside it. The row's all-reduce
+    includes waiting for the other rank. In rounds of their own, since watching takes time too.
+traffic: bytes for each update: those that the ranks' own connections received, and those that the
+    loopback interface carried for whomever; the least of several rounds.
+row: the row's all-reduce on 1 to 8 ranks, alone and inside updates. Where there are more ranks than
+    cores, they take turns on them.
+prediction: the share of an update that the row takes on more ranks, by a model whose constants are
+    assumptions: nothing of it was measured, except where it says so.
+"""
+
+import argparse
+import json
+import logging
+import math
+import os
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+
+from noiseopt import NoiseAwareAdamW, NoiseConfig
+from noiseopt.adaptation import Adaptation
+from noiseopt.agreement import Agreement
+from noiseopt.capture import GradientWindow, LocalNorms, passes
+from noiseopt.capture.row import TAIL
+from noiseopt.demo.gpt import GPT, VOCABULARY, Shape
+from noiseopt.distributed import Ranks
+from noiseopt.optim import collector
+from noiseopt.optim.noise_aware import NoiseAware
+
+TARGET = 1.01
+WINDOW, LONG_WINDOW = 4, 8
+CLIP = 1.0
+LR = 1e-4
+NEVER = 10**9
+MIN_ROUNDS = 5
+RESAMPLES = 2000
+RESULTS = Path(__file__).parent / "results"
+REFERENCE, CONTROL = "plain", "plain, again"
+OURS, NOT_SENT = "ours", "ours, row not sent"
+ACCUMULATING = "ours, accumulate()"
+EVERY = "plain, every micro-batch averaged"
+WRAPPINGS = ("DDP", "FSDP2")
+
+# Assumptions of the prediction, for a cluster of accelerators in one data centre.
+HOP_SECONDS = 20e-6  # from one rank to another, launch included
+LINK_BYTES_PER_SECOND = 12.5e9  # 100 Gbit/s
+UPDATE_SECONDS = (0.01, 0.1, 1.0)  # a very short update, a short one and a usual one
+PREDICTED_RANKS = tuple(2**n for n in range(1, 11))
+
+
+@dataclass(frozen=True)
+class Size:
+    """A GPT, and how long it is measured.
+
+    Attributes:
+        name: about the number of its parameters.
+        shape: of the model.
+        batch: sequences in a micro-batch of each rank.
+        block: updates in a round, and between two decisions; by default there are ten.
+        steps: updates of each arm, for each length of the window.
+    """
+
+    name: str
+    shape: Shape
+    batch: int
+    block: int
+    steps: Mapping[int, int]
+
+
+SIZES = {
+    size.name: size
+    for size in (
+        Size("tiny", Shape(1, 64, 2, 16), 1, 2, {1: 4, WINDOW: 4}),
+        Size("1M", Shape(5, 128, 4, 128), 4, 5, {1: 120, WINDOW: 40}),
+        Size("10M", Shape(8, 320, 5, 128), 1, 3, {1: 30, WINDOW: 18}),
+    )
+}
+FULL = ("1M", "10M")
+
+
+# --- one way to train ---------------------------------------------------------------------------
+
+
+def wrapped_gpt(wrapping: str, shape: Shape) -> nn.Module:
+    torch.manual_seed(0)
+    model = GPT(shape)
+    if wrapping == "DDP":
+        return DistributedDataParallel(model)
+    for block in model.blocks:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+class Arm:
+    """A model of its own, in its own loop.
+
+    Args:
+        wrapping: "DDP" or "FSDP2".
+        size: of the model and its micro-batches.
+        window: micro-batches in an update.
+    """
+
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, wrapping: str, size: Size, window: int) -> None:
+        self.wrapping, self.window = wrapping, window
+        self.model = wrapped_gpt(wrapping, size.shape)
+        generator = torch.Generator().manual_seed(1 + dist.get_rank())
+        shape = (16, size.batch, size.shape.context + 1)
+        self.data = torch.randint(VOCABULARY, shape, generator=generator)
+        self.taken = 0
+
+    def batch(self) -> Tensor:
+        self.taken += 1
+        return self.data[self.taken % len(self.data)]
+
+    def update(self) -> None:
+        """Train on one window."""
+        raise NotImplementedError
+
+
+class Plain(Arm):
+    """The usual loop; it averages gradients in a window's last backward, or in every one."""
+
+    def __init__(self, wrapping: str, size: Size, window: int, every: bool = False) -> None:
+        super().__init__(wrapping, size, window)
+        self.every = every
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LR, fused=True)
+
+    def update(self) -> None:
+        for index in range(self.window):
+            with self.averaging(self.every or index == self.window - 1):
+                (self.model(self.batch()) / self.window).backward()
+        self.clip()
+        self.apply()
+        self.optimizer.zero_grad()
+
+    def averaging(self, now: bool) -> Any:
+        model: Any = self.model
+        if self.wrapping == "DDP":
+            return nullcontext() if now else model.no_sync()
+        if self.window > 1:
+            model.set_requires_gradient_sync(now)
+        return nullcontext()
+
+    def clip(self) -> None:
+        clip_grad_norm_(self.model.parameters(), CLIP)
+
+    def apply(self) -> None:
+        self.optimizer.step()
+
+
+class Ours(Arm):
+    """Ours, which clips by itself; with accumulate() or without, and sending its row or not."""
+
+    optimizer: NoiseAwareAdamW
+
+    def __init__(
+        self,
+        wrapping: str,
+        size: Size,
+        window: int,
+        accumulates: bool = False,
+        sends: bool = True,
+    ) -> None:
+        super().__init__(wrapping, size, window)
+        self.accumulates = accumulates
+        self.optimizer = NoiseAwareAdamW(
+            self.model.parameters(), lr=LR, fused=True, noise=config(window, size.block)
+        )
+        if not sends:
+            keep_rows(self.optimizer)
+
+    def update(self) -> None:
+        for _ in range(self.window):
+            with self.optimizer.accumulate(self.model) if self.accumulates else nullcontext():
+                self.model(self.batch()).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+def config(window: int, decision_interval: int) -> NoiseConfig:
+    """Settings under which the window stays as it is, whatever is measured."""
+    return NoiseConfig(
+        accumulation_steps=window,
+        max_accumulation_steps=max(window, 2),
+        decision_interval=decision_interval,
+        dwell_updates=NEVER,
+        max_norm=CLIP,
+    )
+
+
+class OneForAll(Ranks):
+    """Ranks that take their own numbers for everyone's."""
+
+    def sum_(self, numbers: Tensor, what: str) -> Tensor:
+        return numbers.mul_(self.all)
+
+
+def keep_rows(optimizer: NoiseAwareAdamW) -> None:
+    agreement = optimizer._adaptation._agreement
+    ranks = agreement.ranks
+    agreement.ranks = OneForAll(ranks.data, ranks.model, ranks.sharded, ranks.groups)
+
+
+def arms_of(window: int) -> dict[str, Callable[..., Arm]]:
+    """How each arm of a comparison is built; the first is the reference."""
+    arms: dict[str, Callable[..., Arm]] = {REFERENCE: Plain, CONTROL: Plain, OURS: Ours}
+    if window == 1:
+        return arms | {NOT_SENT: partial(Ours, sends=False)}
+    return arms | {
+        ACCUMULATING: partial(Ours, accumulates=True),
+        EVERY: partial(Plain, every=True),
+    }
+
+
+# --- processes ----------------------------------------------------------------------------------
+
+Jobs = Mapping[str, Callable[[], Any]]
+
+
+def on_ranks(ranks: int, jobs: Jobs) -> dict[str, list[Any]]:
+    """Run jobs in turn on so many processes; what each rank returned, by the job's name."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_work, args=(ranks, port, folder, jobs), nprocs=ranks)
+        found = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(ranks)]
+    return {name: [each[name] for each in found] for name in jobs}
+
+
+def _work(rank: int, ranks: int, port: int, folder: str, jobs: Jobs) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    found = {}
+    for name, job in jobs.items():
+        found[name] = job()
+        dist.barrier()
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+# --- the cost of updates ------------------------------------------------------------------------
+
+Times = dict[str, list[tuple[float, float]]]  # of each arm's updates: wall and CPU seconds
+
+
+def cost(wrapping: str, size: Size, window: int, steps: int) -> Times:
+    """This rank's times; the first round is for warming up."""
+    arms = {name: build(wrapping, size, window) for name, build in arms_of(window).items()}
+    order, shuffle = list(arms), random.Random(0).shuffle  # the same on every rank
+    times: Times = {name: [] for name in order}
+    for number in range(size.block + steps):
+        shuffle(order)
+        for name in order:
+            dist.barrier()
+            wall, cpu = time.perf_counter(), time.process_time()
+            arms[name].update()
+            cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+            if number >= size.block:
+                times[name].append((wall, cpu))
+    return times
+
+
+@dataclass(frozen=True)
+class Cost:
+    """An arm's time over that of the plain loop, as lower end, ratio and upper end.
+
+    Attributes:
+        window: micro-batches in an update.
+        wall_ms: of the median round, for each update.
+        cpu_ms: the same in CPU time of all ranks.
+        holds: "yes" or "no" if the interval of wall time lies on one side of the target, "within
+            noise" if it does not, or "too few rounds" to tell.
+    """
+
+    part: str
+    wrapping: str
+    size: str
+    parameters: int
+    window: int
+    micro_batch: int
+    ranks: int
+    arm: str
+    rounds: int
+    wall_ms: float
+    cpu_ms: float
+    wall: tuple[float, ...]
+    cpu: tuple[float, ...]
+    target: float | None = None
+    holds: str | None = None
+
+
+def costs(wrapping: str, size: Size, window: int, found: Sequence[Times]) -> list[Cost]:
+    """The records of one comparison, from the times of all ranks."""
+    rounds = {name: rounds_of([times[name] for times in found], size.block) for name in found[0]}
+    reference = rounds[REFERENCE]
+    records = []
+    for name, ours in rounds.items():
+        (wall, cpu), (wall_ratio, cpu_ratio) = zip(
+            *((statistics.median(a), ratio(a, b)) for a, b in zip(ours, reference, strict=True)),
+            strict=True,
+        )
+        target = TARGET if name in (OURS, ACCUMULATING) else None
+        records.append(
+            Cost(
+                part="cost",
+                wrapping=wrapping,
+                size=size.name,
+                parameters=count(size.shape),
+                window=window,
+                micro_batch=size.batch,
+                ranks=len(found),
+                arm=name,
+                rounds=len(ours[0]),
+                wall_ms=round(1e3 * wall, 4),
+                cpu_ms=round(1e3 * cpu, 4),
+                wall=wall_ratio,
+                cpu=cpu_ratio,
+                target=target,
+                holds=target and verdict(wall_ratio, target, len(ours[0])),
+            )
+        )
+    return records
+
+
+def count(shape: Shape) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in GPT(shape).parameters())
+
+
+def rounds_of(
+    ranks: Sequence[Sequence[tuple[float, float]]], block: int
+) -> tuple[list[float], list[float]]:
+    """Mean seconds of an update in each round: of the slower rank, and of all ranks' CPUs."""
+    updates = list(zip(*ranks, strict=True))
+    wall = [max(wall for wall, _ in update) for update in updates]
+    cpu = [sum(cpu for _, cpu in update) for update in updates]
+    starts = range(0, len(updates), block)
+    wall_means, cpu_means = (
+        [statistics.fmean(values[at : at + block]) for at in starts] for values in (wall, cpu)
+    )
+    return wall_means, cpu_means
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, ...]:
+    """The ratio of medians between the ends of its interval; rounds are drawn in pairs."""
+    draw, pairs = random.Random(0), list(zip(ours, theirs, strict=True))
+
+    def of(sample: Sequence[tuple[float, float]]) -> float:
+        above, below = zip(*sample, strict=True)
+        return statistics.median(above) / statistics.median(below)
+
+    again = sorted(of(draw.choices(pairs, k=len(pairs))) for _ in range(RESAMPLES))
+    low, high = again[round(0.025 * RESAMPLES)], again[round(0.975 * RESAMPLES) - 1]
+    return tuple(round(value, 4) for value in (low, of(pairs), high))
+
+
+def verdict(interval: Sequence[float], target: float, rounds: int) -> str:
+    if rounds < MIN_ROUNDS:
+        return "too few rounds"
+    if interval[-1] <= target:
+        return "yes"
+    return "no" if interval[0] > target else "within noise"
+
+
+# --- where the time goes ------------------------------------------------------------------------
+
+
+ROW = "the row's all-reduce"
+AVERAGING = "averaging gradients: flattening and copying"
+GRADIENTS = "averaging gradients: the all-reduce"
+
+
+class Stopwatch:
+    """Time in functions, each without those that are watched inside it."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.calls: Counter[str] = Counter()
+        self._inside: list[tuple[str, float]] = [("", 0.0)]
+
+    @contextmanager
+    def on(self, parts: Sequence[tuple[Any, str, str]]) -> Iterator[None]:
+        """Watch functions, each given as its owner, its name and what it is called here."""
+        with ExitStack() as stack:
+            for owner, name, label in parts:
+                timed = self._timed(getattr(owner, name), label)
+                stack.enter_context(patch.object(owner, name, timed))
+            yield
+
+    def _timed(self, function: Callable[..., Any], label: str) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            around, _ = self._inside[-1]
+            name = GRADIENTS if (label, around) == (ROW, AVERAGING) else label
+            self._inside.append((name, 0.0))
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent = time.perf_counter() - start
+                self.seconds[name] += spent - self._inside.pop()[1]
+                self.calls[name] += 1
+                around, inside = self._inside[-1]
+                self._inside[-1] = around, inside + spent
+
+        return timed
+
+
+PARTS = (
+    (passes, "begun_norm", "norms as gradients arrive"),
+    (passes.BackwardPasses, "_take", "confirming that they are accumulated"),
+    (passes.BackwardPasses, "_end", "end of the backward: norms joined, entries sampled"),
+    (LocalNorms, "take", "factor from the sampled entries"),
+    (GradientWindow, "_squared_norms", "norm of the mean"),
+    (GradientWindow, "_add", "adding to the window's sum"),
+    (GradientWindow, "_merge", "adding the last gradient"),
+    (Ranks, "sum_", ROW),
+    (Ranks, "sum_gradients_", AVERAGING),
+    (collector, "reduce_window", "the rest of averaging"),
+    (Adaptation, "agree", "making and checking the row"),
+    (Adaptation, "close_window", "deciding"),
+    (NoiseAware, "_torch_step", "torch's step"),
+    (NoiseAware, "_take_gradient", "the rest of step()"),
+    (Plain, "clip", "clip_grad_norm_"),
+    (Plain, "apply", "torch's step"),
+)
+
+
+def profile(
+    wrapping: str, size: Size, window: int, build: Callable[..., Arm], steps: int
+) -> tuple[float, dict[str, float], dict[str, int]]:
+    """Seconds in so many updates of an arm, in their parts, and how often each was called."""
+    arm, watch = build(wrapping, size, window), Stopwatch()
+    for _ in range(size.block):
+        arm.update()
+    dist.barrier()
+    with watch.on(PARTS):
+        start = time.perf_counter()
+        for _ in range(steps):
+            arm.update()
+        spent = time.perf_counter() - start
+    return spent, dict(watch.seconds), dict(watch.calls)
+
+
+@dataclass(frozen=True)
+class Share:
+    """A part of an update, on the mean rank.
+
+    Attributes:
+        calls: in an update.
+        us: microseconds in an update.
+        share: of the update.
+    """
+
+    part: str
+    wrapping: str
+    size: str
+    window: int
+    arm: str
+    where: str
+    calls: float
+    us: float
+    share: float
+
+
+def shares(
+    wrapping: str, size: Size, window: int, arm: str, steps: int, found: Sequence[Any]
+) -> list[Share]:
+    spent = statistics.fmean(seconds for seconds, _, _ in found)
+    records = []
+    for label in dict.fromkeys([*(label for _, _, label in PARTS), GRADIENTS]):
+        inside = statistics.fmean(parts.get(label, 0.0) for _, parts, _ in found)
+        calls = found[0][2].get(label, 0) / steps
+        if calls:
+            us, part = round(1e6 * inside / steps, 2), round(inside / spent, 5)
+            records.append(
+                Share("share", wrapping, size.name, window, arm, label, round(calls, 3), us, part)
+            )
+    return records
+
+
+# --- bytes on the wire --------------------------------------------------------------------------
+
+TRAFFIC: dict[str, tuple[Callable[..., Arm], int]] = {
+    REFERENCE: (Plain, 1),
+    OURS: (Ours, 1),
+    "plain, no_sync": (Plain, LONG_WINDOW),
+    EVERY: (partial(Plain, every=True), LONG_WINDOW),
+    "ours, without accumulate()": (Ours, LONG_WINDOW),
+    ACCUMULATING: (partial(Ours, accumulates=True), LONG_WINDOW),
+}
+REFERENCES = {1: REFERENCE, LONG_WINDOW: EVERY}
+BYTES_START, BYTES_END = 128, 136  # tcpi_bytes_received in Linux's struct tcp_info
+
+
+def on_loopback() -> int:
+    """What the loopback interface has carried so far, for whomever."""
+    (line,) = [x for x in Path("/proc/net/dev").read_text().splitlines() if "lo:" in x]
+    return int(line.split(":")[1].split()[0])
+
+
+def received() -> int:
+    """What the TCP connections of this process have brought so far."""
+    total = 0
+    for link in Path("/proc/self/fd").iterdir():
+        if link.is_symlink() and os.readlink(link).startswith("socket:"):
+            with socket.socket(fileno=os.dup(int(link.name))) as opened:
+                if opened.family in (socket.AF_INET, socket.AF_INET6):
+                    info = opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, BYTES_END)
+                    total += int.from_bytes(info[BYTES_START:BYTES_END], sys.byteorder)
+    return total
+
+
+def traffic(size: Size, updates: int, rounds: int) -> dict[str, tuple[float, float]]:
+    """The least bytes for each update of the arms, which take turns: received, and on loopback."""
+    arms = {name: build("DDP", size, window) for name, (build, window) in TRAFFIC.items()}
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for _ in range(rounds + 1):  # the first sets up
+        for name, arm in arms.items():
+            dist.barrier()
+            own, all_carried = received(), on_loopback()
+            for _ in range(updates):
+                arm.update()
+            own, all_carried = received() - own, on_loopback() - all_carried
+            found[name].append((own / updates, all_carried / updates))
+    return {
+        name: (min(own for own, _ in counts[1:]), min(carried for _, carried in counts[1:]))
+        for name, counts in found.items()
+    }
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes for each update, on all ranks together.
+
+    Attributes:
+        gradient: bytes of one gradient.
+        bytes: received by the ranks.
+        of_every: that over the same where every micro-batch of such a window is averaged.
+        loopback: carried by the interface, with headers and acknowledgements.
+        loopback_of_every: the same ratio of it.
+    """
+
+    part: str
+    size: str
+    window: int
+    ranks: int
+    arm: str
+    gradient: int
+    bytes: int
+    of_every: float
+    loopback: int
+    loopback_of_every: float
+
+
+def traffics(size: Size, found: Sequence[Mapping[str, tuple[float, float]]]) -> list[Traffic]:
+    counts = {
+        name: (sum(each[name][0] for each in found), min(each[name][1] for each in found))
+        for name in found[0]
+    }
+    records = []
+    for name, (_, window) in TRAFFIC.items():
+        (own, carried), (own_every, carried_every) = counts[name], counts[REFERENCES[window]]
+        records.append(
+            Traffic(
+                part="traffic",
+                size=size.name,
+                window=window,
+                ranks=len(found),
+                arm=name,
+                gradient=4 * count(size.shape),
+                bytes=round(own),
+                of_every=round(own / own_every, 5),
+                loopback=round(carried),
+                loopback_of_every=round(carried / carried_every, 5),
+            )
+        )
+    return records
+
+
+# --- the row ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """The all-reduce of the row on so many ranks; times as quartile, median, quartile.
+
+    Attributes:
+        cores: of this machine.
+        bytes: of the row; on one rank none is sent, and one of the same size is timed.
+        alone_us: one all-reduce after another.
+        update_ms: an update around it, under DDP with a window of one.
+        inside_us: the all-reduce in it, with the wait for other ranks.
+        share: of the median update.
+    """
+
+    part: str
+    ranks: int
+    cores: int
+    size: str
+    bytes: int
+    alone_us: tuple[float, ...]
+    update_ms: tuple[float, ...] | None = None
+    inside_us: tuple[float, ...] | None = None
+    share: float | None = None
+
+
+def all_reduces(numbers: int, blocks: int, calls: int = 20) -> list[float]:
+    """Seconds of an all-reduce of so many numbers, the mean of each block of calls."""
+    values = torch.ones(numbers, dtype=torch.float64)
+    means = []
+    for _ in range(blocks + 1):
+        dist.barrier()
+        start = time.perf_counter()
+        for _ in range(calls):
+            dist.all_reduce(values)
+        means.append((time.perf_counter() - start) / calls)
+        values.fill_(1.0)
+    return means[1:]
+
+
+def rows_in_updates(size: Size, updates: int) -> tuple[int, list[float], list[float]]:
+    """The row's numbers, and the seconds of each update and of the all-reduce inside it."""
+    numbers, inside, whole = 0, [], []
+    arm, send = Ours("DDP", size, 1), Ranks.sum_
+
+    def timed(self: Ranks, row: Tensor, what: str) -> Tensor:
+        nonlocal numbers
+        numbers, start = len(row), time.perf_counter()
+        send(self, row, what)
+        inside.append(time.perf_counter() - start)
+        return row
+
+    with patch.object(Ranks, "sum_", timed):
+        for _ in range(updates + 2):
+            start = time.perf_counter()
+            arm.update()
+            whole.append(time.perf_counter() - start)
+    return numbers, whole[2:], inside[2:]
+
+
+def row_job(size: Size, blocks: int, updates: int) -> dict[str, Any]:
+    """This rank's measurements of the row."""
+    found: dict[str, Any] = {"alone": all_reduces(row_numbers(), blocks)}
+    if dist.get_world_size() > 1:
+        found["numbers"], found["whole"], found["inside"] = rows_in_updates(size, updates)
+    return found
+
+
+def row_numbers(groups: int = 1) -> int:
+    """How many numbers are sent for so many parameter groups."""
+    sent: list[Tensor] = []
+
+    class Noting(Ranks):
+        def sum_(self, numbers: Tensor, what: str) -> Tensor:
+            sent.append(numbers)
+            return numbers.mul_(self.all)
+
+    row, norm = torch.ones(2 * groups + TAIL, dtype=torch.float64), torch.ones(())
+    Agreement(Noting(2)).sum_(row, norm, norm, row.new_empty(0), "a window")
+    return len(sent[0])
+
+
+def row_of(size: Size, found: Sequence[Mapping[str, Any]]) -> Row:
+    row = Row(
+        part="row",
+        ranks=len(found),
+        cores=os.cpu_count() or 1,
+        size=size.name,
+        bytes=8 * row_numbers(),
+        alone_us=quartiles([1e6 * s for each in found for s in each["alone"]]),
+    )
+    if len(found) == 1:
+        return row
+    whole = [s for each in found for s in each["whole"]]
+    inside = [s for each in found for s in each["inside"]]
+    return replace(
+        row,
+        update_ms=quartiles([1e3 * s for s in whole]),
+        inside_us=quartiles([1e6 * s for s in inside]),
+        share=round(statistics.median(inside) / statistics.median(whole), 5),
+    )
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(round(cut, 4) for cut in statistics.quantiles(values, n=4, method="inclusive"))
+
+
+# --- more ranks ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The row's share of an update by alpha * ceil(log2 R) + bytes / bandwidth.
+
+    Ranks come to it together, since the gradients were averaged just before.
+
+    Attributes:
+        hop_us: alpha, in microseconds.
+        source: where that is from.
+        row_us: the all-reduce.
+        shares: of updates as long as `updates_s` says.
+    """
+
+    part: str
+    ranks: int
+    bytes: int
+    source: str
+    hop_us: float
+    link_bytes_per_s: float
+    row_us: float
+    updates_s: tuple[float, ...]
+    shares: tuple[float, ...]
+
+
+def row_seconds(ranks: int, size: int, hop: float = HOP_SECONDS) -> float:
+    """How long the all-reduce of so many bytes takes, by the model."""
+    return hop * math.ceil(math.log2(ranks)) + size / LINK_BYTES_PER_SECOND
+
+
+def predictions(size: int, hop: float, source: str) -> list[Prediction]:
+    found = []
+    for ranks in PREDICTED_RANKS:
+        seconds = row_seconds(ranks, size, hop)
+        found.append(
+            Prediction(
+                part="prediction",
+                ranks=ranks,
+                bytes=size,
+                source=source,
+                hop_us=round(1e6 * hop, 2),
+                link_bytes_per_s=LINK_BYTES_PER_SECOND,
+                row_us=round(1e6 * seconds, 2),
+                updates_s=UPDATE_SECONDS,
+                shares=tuple(round(seconds / (update + seconds), 6) for update in UPDATE_SECONDS),
+            )
+        )
+    return found
+
+
+def measured_hop(rows: Sequence[Row]) -> float | None:
+    """Alpha on this machine, from the most ranks that each have a core."""
+    fitting = [row for row in rows if 1 < row.ranks <= row.cores]
+    if not fitting:
+        return None
+    row = max(fitting, key=lambda row: row.ranks)
+    return 1e-6 * row.alone_us[1] / math.ceil(math.log2(row.ranks))
+
+
+# --- output -------------------------------------------------------------------------------------
+
+Result = Cost | Share | Traffic | Row | Prediction
+
+
+def shown(value: Any) -> str:
+    """A cell of the table."""
+    if value is None:
+        return "-"
+    if isinstance(value, tuple):
+        return " ".join(f"{number:.4g}" for number in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def print_results(results: Sequence[Result], common: Sequence[str]) -> None:
+    """A table with a column for each field; those that all share are said above it."""
+    rows = [{k: shown(v) for k, v in asdict(result).items()} for result in results]
+    head = [f"{name} {rows[0][name]}" for name in common if name != "part"]
+    print(f"{rows[0]['part']}: {', '.join(head)}")
+    columns = [[name, *(row[name] for row in rows)] for name in rows[0] if name not in common]
+    columns = [column for column in columns if set(column[1:]) != {"-"}]
+    widths = [max(map(len, column)) for column in columns]
+    for cells in zip(*columns, strict=True):
+        line = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        print(line.rstrip())
+    print(flush=True)
+
+
+def origin_of(arguments: Sequence[str]) -> dict[str, str]:
+    """The command, the commit (marked where this code was changed since) and the versions."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        try:
+            done = subprocess.run(
+                ("git", *words), cwd=here, capture_output=True, text=True, check=True
+            )
+        except (OSError, subprocess.CalledProcessError):
+            return "unknown"
+        return done.stdout.strip()
+
+    code = (str(here / "ranks.py"), str(here.parent / "noiseopt"))
+    changed = "+changes" if git("status", "--porcelain", "--", *code) else ""
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {
+        "command": " ".join(("python benchmarks/ranks.py", *arguments)),
+        "commit": git("rev-parse", "--short", "HEAD") + changed,
+        "device": f"CPU, {os.cpu_count()} cores, 1 thread for each rank, gloo",
+        "versions": f"python {python}, torch {torch.__version__}",
+    }
+
+
+def append(results: Sequence[Result], origin: dict[str, str], folder: Path) -> None:
+    """Add the records to ranks.json, one to a line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "ranks.json"
+    records = json.loads(path.read_text()) if path.exists() else []
+    records += [asdict(result) | origin for result in results]
+    lines = ",\n".join(json.dumps(record, allow_nan=False) for record in records)
+    path.write_text(f"[\n{lines}\n]\n")
+
+
+# --- the parts ----------------------------------------------------------------------------------
+
+OF_COST = ("part", "wrapping", "size", "parameters", "window", "micro_batch", "ranks")
+OF_SHARE = ("part", "wrapping", "size", "window", "arm")
+OF_TRAFFIC = ("part", "size", "ranks", "gradient")
+OF_ROW = ("part", "cores", "size", "bytes")
+OF_PREDICTION = ("part", "source", "bytes", "hop_us", "link_bytes_per_s", "updates_s")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, and for how long.
+
+    Attributes:
+        sizes: of models; only the first serves for what is no comparison of costs.
+        ranks: on how many the row is measured.
+        steps: updates of each arm; None for each size's own number.
+        rounds: of the counted bytes; the row is measured in proportion.
+        together: whether processes are started once for all that runs on as many, which is faster
+            and shows nothing before the end.
+    """
+
+    sizes: tuple[Size, ...]
+    ranks: tuple[int, ...] = (1, 2, 4, 8)
+    steps: int | None = None
+    rounds: int = 5
+    together: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job for so many ranks, how its results become records, and what these have in common."""
+
+    ranks: int
+    job: Callable[[], Any]
+    records: Callable[[list[Any]], Sequence[Result]]
+    common: tuple[str, ...]
+
+
+def cost_tasks(plan: Plan) -> Iterator[Task]:
+    for size in plan.sizes:
+        for window, default in size.steps.items():
+            for wrapping in WRAPPINGS:
+                job = partial(cost, wrapping, size, window, plan.steps or default)
+                yield Task(2, job, partial(costs, wrapping, size, window), OF_COST)
+
+
+def share_tasks(plan: Plan) -> Iterator[Task]:
+    size = plan.sizes[0]
+    steps = plan.steps or size.steps[WINDOW]
+    for wrapping in WRAPPINGS:
+        for window, name in ((1, REFERENCE), (1, OURS), (WINDOW, ACCUMULATING)):
+            job = partial(profile, wrapping, size, window, arms_of(window)[name], steps)
+            records = partial(shares, wrapping, size, window, name, steps)
+            yield Task(2, job, records, OF_SHARE)
+
+
+def traffic_tasks(plan: Plan) -> Iterator[Task]:
+    size = plan.sizes[0]
+    yield Task(2, partial(traffic, size, 2, plan.rounds), partial(traffics, size), OF_TRAFFIC)
+
+
+def row_tasks(plan: Plan) -> Iterator[Task]:
+    size = plan.sizes[0]
+    job = partial(row_job, size, 5 * plan.rounds, 4 * plan.rounds)
+    for ranks in plan.ranks:
+        yield Task(ranks, job, lambda found: [row_of(size, found)], OF_ROW)
+
+
+TASKS: dict[str, Callable[[Plan], Iterator[Task]]] = {
+    "cost": cost_tasks,
+    "share": share_tasks,
+    "traffic": traffic_tasks,
+    "row": row_tasks,
+}
+
+
+def run(plan: Plan, parts: Sequence[str]) -> Iterator[Sequence[Result]]:
+    """Measure, printing each table as it is known."""
+    tasks = [task for name in parts for task in TASKS[name](plan)]
+    rows: list[Row] = []
+    for group in groups_of(tasks, plan.together):
+        jobs = {str(number): task.job for number, task in enumerate(group)}
+        found = on_ranks(group[0].ranks, jobs)
+        for task, results in zip(group, found.values(), strict=True):
+            records = task.records(results)
+            print_results(records, task.common)
+            rows += (record for record in records if isinstance(record, Row))
+            yield records
+    for source, hop in (("assumed", HOP_SECONDS), ("measured here", measured_hop(rows))):
+        if rows and hop is not None:
+            predicted = predictions(rows[0].bytes, hop, source)
+            print_results(predicted, OF_PREDICTION)
+            yield predicted
+
+
+def groups_of(tasks: Sequence[Task], together: bool) -> list[list[Task]]:
+    """Those that share their processes."""
+    if not together:
+        return [[task] for task in tasks]
+    by_ranks: dict[int, list[Task]] = defaultdict(list)
+    for task in tasks:
+        by_ranks[task.ranks].append(task)
+    return list(by_ranks.values())
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a smoke test of half a minute")
+    parser.add_argument("--parts", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, help=f"default: {' '.join(FULL)}")
+    parser.add_argument("--ranks", nargs="+", type=int, help="for the row; default: 1 2 4 8")
+    parser.add_argument("--steps", type=int, help="updates of each arm in each comparison")
+    parser.add_argument("--output", type=Path, help="folder for ranks.json")
+    options = parser.parse_args(arguments)
+    names = options.sizes or (("tiny",) if options.quick else FULL)
+    plan = Plan(
+        tuple(SIZES[name] for name in names),
+        tuple(options.ranks or ((2,) if options.quick else (1, 2, 4, 8))),
+        options.steps,
+        rounds=2 if options.quick else 5,
+        together=options.quick,
+    )
+    folder = options.output or (None if options.quick else RESULTS)
+    origin = origin_of(arguments)  # before others can commit what is not measured here
+    for results in run(plan, options.parts):
+        if folder is not None:
+            append(results, origin, folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
