@@ -217,13 +217,16 @@ class Adaptation:
 
     # ------------------------------------------------------------------ windows and decisions
 
-    def agree(self, measured: Measured, extra: Tensor | None = None) -> Tensor:
+    def agree(
+        self, measured: Measured, extra: Tensor | None = None, at_once: bool = True
+    ) -> Tensor:
         """Make a window's row, summed over the ranks.
 
         Args:
             measured: its gradients' norms. Of the mean's, where ranks hold shards, this rank's
                 share; otherwise all of it, which is checked to be the same on all ranks.
             extra: further numbers to sum over the ranks, in place.
+            at_once: whether the sums are needed before the window is closed.
 
         Raises:
             RuntimeError: ranks do not go together; see `Agreement`.
@@ -238,7 +241,7 @@ class Adaptation:
             of_all = torch.zeros_like(row[0]) if self.ranks.sharded else mean.sum()
             extra = row.new_empty(0) if extra is None else extra
             local = row[: self.num_groups].sum()
-            self._agreement.sum_(row, local, of_all, extra, self.open_window)
+            self._agreement.sum_(row, local, of_all, extra, self.open_window, at_once)
             row[2 * self.num_groups :] /= self.ranks.model  # counts: of these no rank has a part
         return row
 

@@ -7,16 +7,18 @@ see the same data or draw the same random numbers, which they should not.
 
 import logging
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from noiseopt.capture import ENDED
 from noiseopt.distributed import DIGESTS, Ranks, digest, spread
 
 TOLERANCE = 1e-6  # of the mean gradient's squared norm
 SAME = 1e-14  # what rounding leaves of the relative variance of equal numbers
 WINDOWS_TO_BE_SURE = 3
+WINDOWS_AT_ONCE = 20  # of a run's first; mistakes in a loop show there
 
 logger = logging.getLogger("noiseopt")
 
@@ -37,6 +39,8 @@ class Agreement:
         self._digest = 0
         self._random = 0
         self._sums: list[Tensor] = []
+        self._windows = 0
+        self._end: Callable[[], None] | None = None
         self._with_same_data = 0
         self._with_same_randomness = 0
 
@@ -45,8 +49,14 @@ class Agreement:
         if self.ranks.all > 1:
             self._state, self._digest = state, digest(state)
 
-    def sum_(self, row: Tensor, local: Tensor, mean: Tensor, extra: Tensor, what: str) -> None:
+    def sum_(
+        self, row: Tensor, local: Tensor, mean: Tensor, extra: Tensor, what: str, at_once: bool
+    ) -> None:
         """Sum a row over the ranks, in place.
+
+        What the row says of how the window ended stays this rank's. If not at once, and not among
+        a run's first windows, the sum is made while the loop goes on, and ended by the next call of
+        `sum_` or `check`: so no rank waits for a slower one.
 
         Args:
             row: from `Measured.row`.
@@ -54,29 +64,48 @@ class Agreement:
             mean: that of the mean gradient, 0-d, which must be the same on all ranks.
             extra: further numbers to sum, in place.
             what: what is summed, for an error.
+            at_once: whether the sums are needed now.
 
         Raises:
-            RuntimeError: ranks do not go together. On the CPU nothing was changed then; elsewhere
-                it shows when the sums are read, by `check`.
+            RuntimeError: ranks do not go together, as far as the sums were read: on the CPU when
+                they are there, elsewhere by `check`.
         """
+        self._finish()
         now = _random_state(row.device)
         drawn, self._random = now if now != self._random else 0, now
         told = torch.stack([_like(number, row) for number in (local, mean, self._digest, drawn)])
         numbers = torch.cat([row, told, told.square(), extra])
-        self.ranks.sum_(numbers, what)
-        summed, sums, rest = numbers.tensor_split((len(row), len(row) + 2 * len(told)))
-        row.copy_(summed)
-        extra.copy_(rest)
-        self._sums.append(sums)
-        if row.is_cpu:
-            self.check()
+        end_sum = self.ranks.begin_sum_(numbers, what)
+
+        def end() -> None:
+            end_sum()
+            summed, sums, rest = numbers.tensor_split((len(row), len(row) + 2 * len(told)))
+            row[:ENDED].copy_(summed[:ENDED])
+            extra.copy_(rest)
+            self._sums.append(sums)
+
+        self._end, self._windows = end, self._windows + 1
+        if at_once or self._windows <= WINDOWS_AT_ONCE:
+            self._finish()
+
+    def _finish(self) -> None:
+        """End the sum that was begun last, and read it where that waits for nothing else."""
+        end, self._end = self._end, None
+        if end is not None:
+            end()
+            if self._sums[-1].is_cpu:
+                self._read()
 
     def check(self) -> None:
-        """Look at the sums so far. This waits for the device.
+        """End and read all sums so far. This waits for the device.
 
         Raises:
             RuntimeError: gradients were not synchronised, or ranks hold different states.
         """
+        self._finish()
+        self._read()
+
+    def _read(self) -> None:
         read, self._sums = self._sums, []
         for sums in torch.stack(read).tolist() if read else []:
             half = len(sums) // 2

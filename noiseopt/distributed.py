@@ -8,7 +8,8 @@ import gc
 import logging
 import weakref
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,16 +116,37 @@ class Ranks:
         Raises:
             RuntimeError: some rank does not take part.
         """
-        try:
-            for group in self.groups:
+        self.begin_sum_(numbers, what)()
+        return numbers
+
+    def begin_sum_(self, numbers: Tensor, what: str) -> Callable[[], None]:
+        """Begin what `sum_` does, and return what ends it. The tensor is not to be touched before.
+
+        Over several groups, all but the last sum are ended at once.
+        """
+        *first, last = self.groups
+        with self._named(what):
+            for group in first:
                 dist.all_reduce(numbers, group=group)
+            work = dist.all_reduce(numbers, group=last, async_op=True)
+
+        def end() -> None:
+            with self._named(what):
+                work.wait()
+
+        return end
+
+    @contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        """Say in the error who waited for whom, and where."""
+        try:
+            yield
         except RuntimeError as error:
             raise RuntimeError(
                 f"rank {dist.get_rank()} waited in vain for the {self.all - 1} others in {what}: "
-                "one of them has stopped, raised, or brought fewer micro-batches (run uneven data "
-                f"inside accumulate(), and call flush() on every rank at its end): {error}"
+                "one of them has stopped, raised, or brought fewer micro-batches (uneven data "
+                f"takes NoiseConfig(gradients='local') and flush() on every rank): {error}"
             ) from error
-        return numbers
 
     def sum_gradients_(self, grads: Sequence[Tensor], what: str) -> None:
         """Sum gradients over all ranks, in place, in as few collectives as buckets allow.

@@ -5,6 +5,7 @@ from noiseopt.capture.local_norms import LocalNorms as LocalNorms
 from noiseopt.capture.norms import device_of as device_of
 from noiseopt.capture.norms import squared_norms as squared_norms
 from noiseopt.capture.row import APPLIED as APPLIED
+from noiseopt.capture.row import ENDED as ENDED
 from noiseopt.capture.row import STEPS as STEPS
 from noiseopt.capture.row import WEIGHT as WEIGHT
 from noiseopt.capture.row import Measured as Measured

@@ -15,7 +15,7 @@ from noiseopt.capture.norms import device_of, squared_norms
 from noiseopt.capture.passes import BackwardPasses
 from noiseopt.capture.sharding import local
 
-SAMPLED_TENSORS = 16
+SAMPLED_TENSORS = 4
 SAMPLED_ENTRIES = 1024
 
 

@@ -17,7 +17,8 @@ from noiseopt.control import Window
 from noiseopt.estimate import WindowNorms
 
 TAIL = 11
-WEIGHT, STEPS, SKIPPED, APPLIED, CLIPPED = -11, -6, -5, -2, -1
+WEIGHT, STEPS, APPLIED, CLIPPED = -11, -6, -2, -1
+ENDED = APPLIED  # from there on, how the window ended
 
 
 @dataclass(frozen=True, slots=True)

@@ -239,13 +239,13 @@ class GradientCollector:
     def _end(self, measured: Measured) -> Ended:
         """End a window whose mean over ranks `p.grad` holds, or this rank's shard of it."""
         steps, self._has_averaged = len(self._window), True
-        row = self._adaptation.agree(measured)
+        takes_sums = self._of_sums or self._share is not None
+        row = self._adaptation.agree(measured, at_once=takes_sums)
         scale = measured.scale
         if self._of_sums:
             scale = self._ranks.data / row[WEIGHT]
             big_columns(row).mul_(scale.square())
-        reread = self._of_sums or self._share is not None
-        norm = big_columns(row) if reread else measured.big_norms
+        norm = big_columns(row) if takes_sums else measured.big_norms
         return Ended(row, norm.sum().sqrt(), scale, steps)
 
     def _take_window(self, capture: BackwardCapture, groups: Groups) -> Ended:
@@ -255,7 +255,8 @@ class GradientCollector:
         measured = capture.close(groups, samples, self.loss_scale)
         grads = [grad for p in (p for g in groups for p in g) if (grad := p.grad) is not None]
         applied = squared_norms([grads], self._device, self._share)
-        row = self._adaptation.agree(measured, None if self._share is None else applied)
+        extra = None if self._share is None else applied
+        row = self._adaptation.agree(measured, extra, at_once=extra is not None)
         return Ended(row, applied[0].sqrt(), None, steps)
 
     def _reduce(self, groups: Groups, flushing: bool) -> tuple[Ended, bool]:

@@ -235,6 +235,20 @@ def unsynchronised_step(rank):
     return str(caught.value)
 
 
+def unsynchronised_later(rank):
+    """After a run's first windows the sum is read one update later, when it costs no waiting."""
+    net = build()
+    wrapped = DistributedDataParallel(net)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=1e-2, noise=adaptive_config(1))
+    *right, wrong, after = part(draw(44 * RANKS), rank)
+    train(wrapped, optimizer, right)
+    with wrapped.no_sync():
+        train(wrapped, optimizer, [wrong])
+    loss_of(wrapped, after).backward()
+    with pytest.raises(RuntimeError, match="gradients differ between ranks"):
+        optimizer.step()
+
+
 def removed_gradients(rank):
     net = build()
     optimizer = NoiseAwareAdamW(net.parameters(), lr=1e-2)
@@ -385,6 +399,7 @@ CASES = {
     "uneven": uneven_weights,
     "sums": summed_losses,
     "unsynchronised": unsynchronised_step,
+    "unsynchronised later": unsynchronised_later,
     "removed": removed_gradients,
     "no backward": gradients_without_a_backward,
     "external": functools.partial(external, monitor=False),
@@ -559,7 +574,7 @@ def test_a_step_on_unsynchronised_gradients_is_an_error_on_every_rank(ranks):
         assert "process_group" in message
 
 
-@pytest.mark.parametrize("name", ["removed", "no backward", "join"])
+@pytest.mark.parametrize("name", ["removed", "no backward", "join", "unsynchronised later"])
 def test_gradients_that_cannot_be_measured_are_an_error(ranks, name):
     result(ranks, name)
 
