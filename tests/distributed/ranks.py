@@ -4,6 +4,7 @@ import os
 import socket
 import traceback
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -48,7 +49,7 @@ def _work(rank, ranks, port, folder, cases):
     for name, case in cases.items():
         try:
             results[name] = case(rank)
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             results[name] = Raised(traceback.format_exc())
         dist.barrier()
     torch.save(results, f"{folder}/{rank}.pt")

@@ -239,7 +239,8 @@ def unsynchronised_later(rank):
     """After a run's first windows the sum is read one update later, when it costs no waiting."""
     net = build()
     wrapped = DistributedDataParallel(net)
-    optimizer = NoiseAwareAdamW(net.parameters(), lr=1e-2, noise=adaptive_config(1))
+    config = advise(1, decision_interval=1000)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=1e-2, noise=config)
     *right, wrong, after = part(draw(44 * RANKS), rank)
     train(wrapped, optimizer, right)
     with wrapped.no_sync():
