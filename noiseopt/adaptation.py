@@ -7,7 +7,7 @@ plain numbers. Optimizer and monitor share it.
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from noiseopt.agreement import Agreement
-from noiseopt.capture import APPLIED, Measured, big_columns, read_rows
+from noiseopt.capture import APPLIED, Measured, big_columns, device_of, read_rows, squared_norms
 from noiseopt.control import (
     RATE_RULES,
     Controller,
@@ -48,6 +48,7 @@ class Adaptation:
 
     Attributes:
         ranks: those that take part.
+        settings: tells what an update is made with, which ranks must have alike.
         num_groups: how many parameter groups are measured.
         steps: the length of the open window, in micro-batches on each rank.
         max_norm: the norm at which its gradient is clipped; infinite for never.
@@ -67,7 +68,8 @@ class Adaptation:
         self.ranks = ranks
         self.decisions: deque[Decision] = deque(maxlen=KEPT_DECISIONS)
         self.observers: list[Observer] = []
-        self._ddp: Callable[[], nn.Module | None] = lambda: None
+        self.settings: Callable[[], dict[str, object]] = dict
+        self._ddp: Collection[nn.Module] | None = None
         self._rule, self.num_groups = RATE_RULES[rule], num_groups
         self.restart()
 
@@ -127,16 +129,26 @@ class Adaptation:
                 f"the optimizer was built for {self.ranks.all} rank(s) and now there are others: "
                 "call torch.distributed.init_process_group() and fully_shard() before building it"
             )
+        device = device_of(groups)
         shapes = [[(tuple(p.shape), p.dtype) for p in params] for params in groups]
         facts = {
             "settings": repr(self.config),
             "number of parameters": [len(params) for params in groups],
             "digest of the parameters' shapes and types": digest(shapes),
         }
+        if self.ranks.all > 1 and not self.ranks.sharded:
+            norm = squared_norms([[p.detach() for params in groups for p in params]], device)
+            facts["squared norm of the parameters"] = norm.item()
         self._learn()
         self.ranks.compare(facts | self._common_state(), "what they start from")
         if self.ranks.all > 1:
+            self.ddp_around(groups)
+
+    def ddp_around(self, groups: Sequence[Sequence[Tensor]]) -> Collection[nn.Module]:
+        """The DDP modules that wrap the parameters, looked for once."""
+        if self._ddp is None:
             self._ddp = ddp_around(groups)
+        return self._ddp
 
     def _common_state(self) -> dict[str, Number]:
         """The state as far as ranks share it: what each has dropped is its own affair."""
@@ -170,6 +182,12 @@ class Adaptation:
             self._losses.append(loss.detach().reshape(()))
         else:
             self._losses.append(torch.tensor(float(loss)))
+
+    @property
+    def tells_samples(self) -> bool:
+        """Whether the loop says how many samples each micro-batch holds."""
+        counts = self._controller.state.counts_samples
+        return bool(self._told) or (counts and self.config.samples_per_micro_batch is None)
 
     def next_samples(self, device: torch.device, own: bool) -> tuple[float, float]:
         """The samples of the micro-batch that is taken now, and its weight in the window's mean.
@@ -234,7 +252,9 @@ class Adaptation:
         row = measured.row(self._losses)
         self._losses = []
         if self.ranks.all > 1:
-            refuse_join(self._ddp())
+            for module in self._ddp or ():
+                refuse_join(module)
+            self._agreement.set_settings(self.settings())
             mean = big_columns(row)
             if not self.ranks.sharded:
                 mean /= self.ranks.all
@@ -271,17 +291,17 @@ class Adaptation:
         return self._controller.state.num_windows + len(self._rows)
 
     def _decide(self, lr: float) -> None:
-        self._learn()
+        self._learn(together=True)
         self._controller, decision = self._controller.decide(lr, tuple(self._windows))
         self._windows = []
         if self.ranks.all > 1:
             self._agreement.set_state(self._common_state())
         self.decisions.append(decision)
 
-    def _learn(self) -> None:
+    def _learn(self, together: bool = False) -> None:
         """Take in every queued row. This waits for the device."""
         rows, self._rows = self._rows, []
-        self._agreement.check()
+        self._agreement.check(together)
         for window in read_rows(rows, self.ranks.data):
             self._controller = self._controller.learn(window)
             self._windows.append(window)

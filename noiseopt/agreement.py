@@ -15,7 +15,7 @@ from torch import Tensor
 from noiseopt.capture import ENDED
 from noiseopt.distributed import DIGESTS, Ranks, digest, spread
 
-TOLERANCE = 1e-6  # of the mean gradient's squared norm
+TOLERANCE = 1e-12  # of the relative variance of the mean gradient's squared norm
 SAME = 1e-14  # what rounding leaves of the relative variance of equal numbers
 WINDOWS_TO_BE_SURE = 3
 WINDOWS_AT_ONCE = 20  # of a run's first; mistakes in a loop show there
@@ -36,8 +36,9 @@ class Agreement:
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self._state: Mapping[str, object] = {}
+        self._settings: Mapping[str, object] = {}
         self._digest = 0
-        self._random = 0
+        self._random: int | None = None
         self._sums: list[Tensor] = []
         self._windows = 0
         self._end: Callable[[], None] | None = None
@@ -48,6 +49,10 @@ class Agreement:
         """Say what the decisions to come rest on; it must be the same on all ranks."""
         if self.ranks.all > 1:
             self._state, self._digest = state, digest(state)
+
+    def set_settings(self, settings: Mapping[str, object]) -> None:
+        """Say what this update is made with; it must be the same on all ranks."""
+        self._settings = settings
 
     def sum_(
         self, row: Tensor, local: Tensor, mean: Tensor, extra: Tensor, what: str, at_once: bool
@@ -72,8 +77,9 @@ class Agreement:
         """
         self._finish()
         now = _random_state(row.device)
-        drawn, self._random = now if now != self._random else 0, now
-        told = torch.stack([_like(number, row) for number in (local, mean, self._digest, drawn)])
+        drawn, self._random = now if self._random not in (None, now) else 0, now
+        state = digest((self._digest, self._settings))
+        told = torch.stack([_like(number, row) for number in (local, mean, state, drawn)])
         numbers = torch.cat([row, told, told.square(), extra])
         end_sum = self.ranks.begin_sum_(numbers, what)
 
@@ -88,24 +94,27 @@ class Agreement:
         if at_once or self._windows <= WINDOWS_AT_ONCE:
             self._finish()
 
-    def _finish(self) -> None:
+    def _finish(self, together: bool = True) -> None:
         """End the sum that was begun last, and read it where that waits for nothing else."""
         end, self._end = self._end, None
         if end is not None:
             end()
             if self._sums[-1].is_cpu:
-                self._read()
+                self._read(together)
 
-    def check(self) -> None:
+    def check(self, together: bool) -> None:
         """End and read all sums so far. This waits for the device.
+
+        Args:
+            together: whether every rank does so now, and may say what it holds.
 
         Raises:
             RuntimeError: gradients were not synchronised, or ranks hold different states.
         """
-        self._finish()
-        self._read()
+        self._finish(together)
+        self._read(together)
 
-    def _read(self) -> None:
+    def _read(self, together: bool) -> None:
         read, self._sums = self._sums, []
         for sums in torch.stack(read).tolist() if read else []:
             half = len(sums) // 2
@@ -120,12 +129,18 @@ class Agreement:
                     "or pass a process_group of the ranks that share them"
                 )
             if state > SAME:
-                self.ranks.compare(self._state, "the state that decisions rest on")
+                self._stop_for_state(together)
             self._watch_data(local < SAME and sums[0] > 0)
             self._watch_randomness(drawn < SAME and sums[3] > 0)
 
+    def _stop_for_state(self, together: bool) -> None:
+        what = "the state that decisions rest on, or the optimizer's settings"
+        if together:
+            self.ranks.compare({**self._state, **self._settings}, what)
+        raise RuntimeError(f"ranks disagree on {what}")
+
     def _watch_data(self, same: bool) -> None:
-        self._with_same_data += same
+        self._with_same_data = self._with_same_data + 1 if same else 0
         if self._with_same_data == WINDOWS_TO_BE_SURE:
             self.ranks.warn(
                 f"the gradients of all {self.ranks.data} ranks are the same before they are "
@@ -134,7 +149,7 @@ class Agreement:
             )
 
     def _watch_randomness(self, same: bool) -> None:
-        self._with_same_randomness += same
+        self._with_same_randomness = self._with_same_randomness + 1 if same else 0
         if self._with_same_randomness == WINDOWS_TO_BE_SURE:
             self.ranks.warn(
                 f"all {self.ranks.data} ranks draw the same random numbers: dropout masks and "

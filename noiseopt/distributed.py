@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -164,7 +165,7 @@ class Ranks:
 
     def warn(self, text: str) -> None:
         """Log a warning once for all ranks."""
-        if dist.get_rank() == 0:
+        if all(dist.get_rank(group) == 0 for group in self.groups):
             logger.warning("%s", text)
 
     def compare(self, facts: Mapping[str, Any], what: str) -> None:
@@ -190,15 +191,13 @@ class Ranks:
                 )
 
 
-def ddp_around(groups: Sequence[Sequence[Tensor]]) -> Callable[[], nn.Module | None]:
-    """A weak reference to the DDP module that wraps some of these parameters, if there is one."""
+def ddp_around(groups: Sequence[Sequence[Tensor]]) -> "weakref.WeakSet[nn.Module]":
+    """The DDP modules that wrap some of these parameters."""
     own = {param for params in groups for param in params}
-    for found in gc.get_objects():  # DDP keeps no list of its modules, nor the parameters of it
-        if issubclass(type(found), DistributedDataParallel) and not own.isdisjoint(
-            found.parameters()
-        ):
-            return weakref.ref(found)
-    return lambda: None
+    living = gc.get_objects()  # DDP keeps no list of its modules
+    kinds = {kind for kind in set(map(type, living)) if DistributedDataParallel in kind.__mro__}
+    wrappers = compress(living, map(kinds.__contains__, map(type, living)))  # many: in C
+    return weakref.WeakSet(each for each in wrappers if not own.isdisjoint(each.parameters()))
 
 
 def refuse_join(ddp: Any) -> None:
@@ -207,11 +206,12 @@ def refuse_join(ddp: Any) -> None:
     Raises:
         RuntimeError: the module is inside such a context.
     """
-    if ddp is not None and ddp._join_config.enable:
+    if ddp._join_config.enable:
         raise RuntimeError(
             "step() inside model.join(): a rank without data left takes no part in what the "
-            "optimizer sums over ranks; run each micro-batch inside optimizer.accumulate(model), "
-            "and call optimizer.flush() on every rank when its data ends"
+            "optimizer sums over ranks; set NoiseConfig(gradients='local'), run each micro-batch "
+            "inside optimizer.accumulate(model), and call optimizer.flush() on every rank when "
+            "its data ends"
         )
 
 

@@ -15,7 +15,7 @@ from noiseopt.capture.norms import device_of, squared_norms
 from noiseopt.capture.passes import BackwardPasses
 from noiseopt.capture.sharding import local
 
-SAMPLED_TENSORS = 4
+SAMPLED_TENSORS = 8
 SAMPLED_ENTRIES = 1024
 
 
@@ -39,6 +39,11 @@ class LocalNorms:
         """How many backward passes were read."""
         return len(self.passes)
 
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the last backward has left something in `p.grad`. This waits for the device."""
+        return self._before is not None and bool(self._before > 0)
+
     def add_group(self, params: Sequence[Tensor]) -> None:
         """Read one more group."""
         self.passes.add_group(params)
@@ -47,7 +52,7 @@ class LocalNorms:
         """|g|^2 of each backward pass since the last call, as a part of the mean in `p.grad`.
 
         Where there were more passes than micro-batches, some gradient is their sum, whose norm
-        theirs do not tell: then it is nan.
+        theirs do not tell: then it is nan. So it is where a gradient passed unread.
 
         Args:
             groups: the parameters of each group.
@@ -57,7 +62,7 @@ class LocalNorms:
             Shape (number, groups).
 
         Raises:
-            RuntimeError: no backward pass was seen, or gradients were removed or added since.
+            RuntimeError: no backward pass was seen, or gradients were removed since.
         """
         if len(self) == 0:
             raise RuntimeError(
@@ -65,16 +70,16 @@ class LocalNorms:
                 "read as loss.backward() brings them; if p.grad is made otherwise, use "
                 "noise='off', or NoiseConfig(gradients='local') to have the optimizer average it"
             )
-        self._check(groups)
+        self._check()
         norms = torch.stack(self.passes.norms)
         if self._before is not None:
-            # 0/0 where the sample is all zeros: then nothing shows a factor.
-            norms = norms * (self._sum_of_squares() / self._before).nan_to_num(1.0, 1.0)
-        passes = len(self)
+            # nan where the sample is all zeros: then nothing shows a factor.
+            norms = norms * (self._sum_of_squares() / self._before)
+        known = len(self) == number and self._sees_all(groups)
         self.clear()
-        return norms if passes == number else norms.new_full((number, norms.shape[1]), math.nan)
+        return norms if known else norms.new_full((number, norms.shape[1]), math.nan)
 
-    def _check(self, groups: Sequence[Sequence[Tensor]]) -> None:
+    def _check(self) -> None:
         removed = sum(param.grad is None for param in self._with_grad)
         if removed:
             raise RuntimeError(
@@ -82,14 +87,16 @@ class LocalNorms:
                 "step(), so that what the ranks measured is not what would be applied: freeze "
                 "parameters by requires_grad_(False) instead"
             )
-        watched = self.passes.watched
-        added = sum(p.grad is not None and p not in watched for params in groups for p in params)
-        if added:
-            raise RuntimeError(
-                f"{added} of the optimizer's parameters have a gradient but are not watched: the "
-                "model was changed after the optimizer was built; build it after the change, or "
-                "give them to add_param_group()"
-            )
+
+    def _sees_all(self, groups: Sequence[Sequence[Tensor]]) -> bool:
+        """Whether every gradient was read; those of parameters that were frozen are from now on."""
+        seen, all_seen = set(self.passes.leaves.values()), True
+        for index, params in enumerate(groups):
+            new = [p for p in params if p.grad is not None and p not in seen]
+            if new:
+                all_seen = False
+                self.passes.watch([p for p in new if p not in self.passes.watched], index)
+        return all_seen
 
     def clear(self) -> None:
         """Forget what was read."""
@@ -101,7 +108,8 @@ class LocalNorms:
         self._before = self._sum_of_squares() if self._with_grad else None
 
     def _sum_of_squares(self) -> Tensor:
-        sampled = self._with_grad[:: -(-len(self._with_grad) // SAMPLED_TENSORS)]
+        # An odd stride, so that of tensors in pairs it takes both kinds.
+        sampled = self._with_grad[:: -(-len(self._with_grad) // SAMPLED_TENSORS) | 1]
         grads = [local(grad) for param in sampled if (grad := param.grad) is not None]
         parts = [g.reshape(-1)[:SAMPLED_ENTRIES] if g.layout == torch.strided else g for g in grads]
         return squared_norms([parts], self._device)[0]

@@ -63,7 +63,7 @@ class BackwardPasses:
         self.model_ranks = 1
         self.paused = False
         for index, params in enumerate(groups):
-            self._attach_all(params, index)
+            self.watch(params, index)
 
     def __len__(self) -> int:
         """How many backward passes there were since the last `clear`."""
@@ -71,7 +71,7 @@ class BackwardPasses:
 
     def add_group(self, params: Sequence[Tensor]) -> None:
         """Watch one more group."""
-        self._attach_all(params, self._num_groups)
+        self.watch(params, self._num_groups)
         self._num_groups += 1
         self.norms = [torch.cat([norms, norms.new_zeros(1)]) for norms in self.norms]
 
@@ -89,7 +89,8 @@ class BackwardPasses:
         self.watched.clear()
         self.leaves.clear()
 
-    def _attach_all(self, params: Sequence[Tensor], group: int) -> None:
+    def watch(self, params: Sequence[Tensor], group: int) -> None:
+        """Watch more parameters of a group."""
         trained = [param for param in params if param.requires_grad]
         self.watched.update((param, group) for param in trained)
         managed: set[Tensor] = set()

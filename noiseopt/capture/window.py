@@ -139,6 +139,13 @@ class GradientWindow:
         else:
             self._add(_pairs(groups))
 
+    def leave_out(self, groups: Groups, samples: float, weight: float) -> None:
+        """Count a gradient of this rank's own that was thrown away."""
+        self.alone = True
+        self.pass_over(samples, weight)
+        self._finite[-1] = False
+        self._norms.append(self._squared_norms([[] for _ in groups]))
+
     def hand_out(self, groups: Groups) -> tuple[Measured, dict[Tensor, Tensor]]:
         """End a window of this rank's own gradients, which may be empty.
 
@@ -148,6 +155,9 @@ class GradientWindow:
         """
         measured = self._measured(self._squared_norms([[] for _ in groups]), None)
         if _is_narrow(groups):
+            for param in (param for group in groups for param in group):
+                if param not in self._summed:
+                    param.grad = None
             return measured, {param: self._sums[param] for param in self._summed}
         if not self._merged:
             self._restore(groups)

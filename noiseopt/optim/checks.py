@@ -20,6 +20,11 @@ def check_group(group: dict[str, Any]) -> None:
             "differentiable=True cannot be measured: the window's sum is kept in place, outside "
             "the graph; use noise='off'"
         )
+    if any(param.is_meta for param in group["params"]):
+        raise ValueError(
+            "parameters are on the meta device, where there is nothing to measure: build the "
+            "optimizer after model.to_empty() and the model's initialisation"
+        )
     flat = sum(getattr(param, "_fsdp_flattened", False) for param in group["params"])
     if flat:
         raise ValueError(

@@ -10,7 +10,9 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from noiseopt.adaptation import Adaptation
@@ -25,6 +27,7 @@ from noiseopt.capture import (
     device_of,
     settled,
     squared_norms,
+    unsharded_leaves,
 )
 from noiseopt.control import NoiseConfig
 from noiseopt.distributed import Ranks
@@ -80,6 +83,7 @@ class GradientCollector:
         self._is_own = self._always_own
         self._has_averaged = False
         self._told_of_passes = False
+        self._unstepped = False  # whether a micro-batch of accumulate() awaits its step()
         self.waits = False  # whether FSDP2 keeps the gradient of the micro-batch that comes
         self.loss_scale: float | Tensor = 1.0
         if config.accumulation == "external":
@@ -122,12 +126,14 @@ class GradientCollector:
         if self._capture is not None:
             return self._take_window(self._capture, groups)
         own, self._is_own = self._is_own, self._always_own
+        self._unstepped = False
         waits, self.waits = self.waits, False
         self._check_kind(own)
         samples, weight = self._adaptation.next_samples(self._device, own)
         if waits or self._window.passed_over:
             weight = weight if self._of_sums else 1.0  # FSDP2 has added them up
         if waits:
+            self._refuse_averaged()
             self._window.pass_over(samples, weight)
             return None
         closes = len(self) + 1 >= self._adaptation.steps
@@ -162,42 +168,94 @@ class GradientCollector:
             yield self._end(self._window.flush(groups))
 
     @contextmanager
-    def accumulate(self, model: nn.Module) -> Iterator[None]:
+    def accumulate(self, model: nn.Module, groups: Groups) -> Iterator[None]:
         """See `NoiseAware.accumulate`."""
         last = len(self) + 1 >= self._adaptation.steps
         if self._ranks.data == 1:
             yield
-        elif self._capture is not None or hasattr(model, "set_requires_gradient_sync"):
-            self.waits = self._capture is None and not last
-            with reducing_if(model, last):
+            return
+        if self._ranks.sharded:
+            with reducing_if(last, self._sharded_modules(model, groups)):
+                self.waits = self._capture is None and not last
                 yield
-        elif self._ranks.sharded:
-            raise ValueError(
-                f"accumulate() was given a {type(model).__name__}, which cannot put off averaging "
-                "its sharded gradients: give it the model that fully_shard() was called on"
-            )
-        elif self._is_averaged_best_by(model, last):
+            return
+        wrappers = self._wrappers(model, groups)
+        averages = last if self._capture is not None else self._leaves_averaging(wrappers, last)
+        if averages:
             yield
-        else:
-            self._is_own = True
-            with self._unread(), keeping_own(model):
-                yield
+            return
+        self._is_own = self._capture is None
+        with self._unread(), keeping_own(wrappers):
+            yield
+        self._unstepped = self._capture is None
 
-    def _is_averaged_best_by(self, model: nn.Module, last: bool) -> bool:
-        """Whether the model had better average this micro-batch itself, while its backward runs.
+    def _sharded_modules(self, model: nn.Module, groups: Groups) -> list[nn.Module]:
+        params = [param for params in groups for param in params]
+        modules = [module for module, _ in unsharded_leaves(params)]
+        if not modules:
+            raise ValueError(
+                f"accumulate() was given a {type(model).__name__} whose sharded gradients are not "
+                "averaged by FSDP2, which could put that off: leave accumulate() out"
+            )
+        return modules
 
-        There is nothing to put off in a window of one; and DDP records a static graph in its first
-        passes, for which it must average.
+    def _wrappers(self, model: nn.Module, groups: Groups) -> list[nn.Module]:
+        """What would average gradients: the DDP modules, whichever of them was given."""
+        ddp = self._adaptation.ddp_around(groups)
+        given: Any = getattr(model, "_orig_mod", model)
+        others = [given] if hasattr(given, "no_sync") and given not in ddp else []
+        return [*ddp, *others]
+
+    def _leaves_averaging(self, wrappers: Sequence[nn.Module], last: bool) -> bool:
+        """Whether DDP had better average this micro-batch itself, while its backward runs.
+
+        There is nothing to put off in a window of one, unless it is to be weighted; and DDP records
+        a static graph in its first passes, for which it must average.
         """
-        records = bool(getattr(model, "static_graph", False)) and not self._has_averaged
+        static = any(getattr(wrapper, "static_graph", False) for wrapper in wrappers)
+        records = static and not self._has_averaged
         if self._always_own and records:
             raise ValueError(
                 "gradients='local' with DDP's static_graph=True: DDP must average in its first "
                 "pass, to record the graph; leave out one of the two"
             )
-        if self._always_own or not hasattr(model, "no_sync") or self._window.alone:
+        if self._always_own or not wrappers or self._window.alone:
             return False
-        return records or (last and len(self) == 0)
+        alone = last and len(self) == 0 and not self._adaptation.tells_samples
+        return records or alone
+
+    def take_unstepped(self, groups: Groups) -> Ended | None:
+        """Count a micro-batch of `accumulate` that no `step()` followed, as left out.
+
+        So a GradScaler that skips the step on one rank leaves the ranks' windows in step.
+
+        Returns:
+            The window's end, if it was that: then it is to be applied.
+        """
+        closes = len(self) + 1 >= self._adaptation.steps
+        samples, weight = self._adaptation.next_samples(self._device, own=True)
+        self._unstepped, self._is_own = False, self._always_own
+        self._window.leave_out(groups, samples, weight)
+        return self._reduce(groups, flushing=False)[0] if closes else None
+
+    def is_unstepped(self, groups: Groups) -> bool:
+        """Whether the last micro-batch of `accumulate` was thrown away instead of stepped."""
+        return self._unstepped and all(p.grad is None for params in groups for p in params)
+
+    @property
+    def saw_backward(self) -> bool:
+        """Whether a backward pass was read since the last step."""
+        hooks = self._capture if self._capture is not None else self._local
+        return hooks is not None and len(hooks) > 0
+
+    def agreed(self, here: bool) -> bool:
+        """Whether something holds on every rank, where it may hold on some only."""
+        if self._ranks.data == 1 or not self._always_own:
+            return here and not self._is_own
+        count = torch.tensor(float(here), dtype=torch.float64, device=self._device)
+        return (
+            round(self._ranks.sum_(count, self._adaptation.open_window).item()) == self._ranks.all
+        )
 
     @contextmanager
     def _unread(self) -> Iterator[None]:
@@ -209,6 +267,15 @@ class GradientCollector:
         finally:
             if self._local is not None:
                 self._local.passes.paused = False
+
+    def _refuse_averaged(self) -> None:
+        """Refuse a micro-batch that FSDP2 has averaged though that was to be put off."""
+        if self._local is not None and self._local.has_gradient:
+            raise RuntimeError(
+                "FSDP2 has averaged gradients of a micro-batch for which optimizer.accumulate() "
+                "had put that off, as where two optimizers accumulate on one model: leave "
+                "accumulate() out"
+            )
 
     def _check_kind(self, own: bool) -> None:
         if len(self) > 0 and own != self._window.alone:

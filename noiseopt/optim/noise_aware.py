@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from noiseopt.adaptation import Adaptation
-from noiseopt.capture import device_of, end_row, is_sharded, scale_all
+from noiseopt.capture import device_of, end_row, local, scale_all
 from noiseopt.control import NoiseConfig
 from noiseopt.distributed import Ranks
 from noiseopt.optim.checks import check_group, check_step, prefer_fused
@@ -85,6 +85,7 @@ class NoiseAware(SavesNoise):
         groups = self._all_params()
         ranks = Ranks.of(groups, self._process_group)
         self._adaptation = Adaptation(self.config, self.rate_rule, len(groups), ranks)
+        self._adaptation.settings = self._settings
         self._collector = GradientCollector(self.config, ranks, groups, self._adaptation)
         self._restore()
 
@@ -140,8 +141,21 @@ class NoiseAware(SavesNoise):
         if not self._adaptation:
             yield
             return
-        with self._collector.accumulate(model):
+        self._count_unstepped(self._adaptation)
+        with self._collector.accumulate(model, self._all_params()):
             yield
+
+    @torch.no_grad()
+    def _count_unstepped(self, adaptation: Adaptation) -> None:
+        groups = self._all_params()
+        if not self._collector.is_unstepped(groups):
+            return
+        if not self._logged:
+            self._start(adaptation)
+        ended = self._collector.take_unstepped(groups)
+        if ended is not None:
+            self._finish(ended)
+            self.zero_grad()
 
     def flush(self) -> bool:
         """Apply an open window as it is, for instance at the end of the data.
@@ -157,6 +171,7 @@ class NoiseAware(SavesNoise):
         """
         if not self._adaptation:
             return False
+        self._count_unstepped(self._adaptation)
         if self.config.gradients == "local" and not self._logged:
             self._start(self._adaptation)
         windows = 0
@@ -196,7 +211,7 @@ class NoiseAware(SavesNoise):
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if params or not self._collector.waits:
             check_step(self.param_groups, params)
-        if self._only_builds_state(params):
+        if params and self._only_builds_state(params):
             self._collector.clear(keep_memory=False)
             self._torch_step()
             return
@@ -288,9 +303,20 @@ class NoiseAware(SavesNoise):
         """
         if self.state or any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
-        if any(map(is_sharded, params)):
-            return True  # what one rank's part shows, another's may not
-        return all(not p.grad.any() for p in params if p.grad is not None)
+        if self._collector.waits or self._collector.saw_backward:
+            return False
+        zero = all(not local(p.grad).any() for p in params if p.grad is not None)
+        return self._collector.agreed(zero)
+
+    def _settings(self) -> dict[str, object]:
+        """The groups' hyper-parameters, as far as looking at them waits for no device."""
+        return {
+            f"{name} of group {index}": float(value) if isinstance(value, Tensor) else value
+            for index, group in enumerate(self.param_groups)
+            for name, value in group.items()
+            if isinstance(value, int | float | tuple)
+            or (isinstance(value, Tensor) and value.is_cpu)
+        }
 
     def _user_lr(self) -> float:
         return max(float(group["lr"]) for group in self.param_groups)

@@ -5,8 +5,8 @@ up, in fp32 or wider, and divided by the sum of all weights. So ranks may bring 
 samples, or of micro-batches, and the mean is still that over all samples.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -35,12 +35,18 @@ def reduce_window(
     Raises:
         RuntimeError: a gradient is sparse, or a rank does not take part.
     """
-    params = [param for group in groups for param in group if param.requires_grad]
+    params = [param for group in groups for param in group]
     measured, sums = window.hand_out(groups)
-    _refuse_sparse(sums)
-    told = measured.big_norms.new_tensor([*(param in sums for param in params), flushing])
+    sparse = sum(total.layout != torch.strided for total in sums.values())
+    flags = [*(param in sums for param in params), flushing, sparse]
+    told = measured.big_norms.new_tensor(flags)
     row = adaptation.agree(measured, told)
-    *ranks_with, done = told.tolist()
+    *ranks_with, done, sparse = told.tolist()
+    if sparse:
+        raise RuntimeError(
+            f"{sparse:g} gradients are sparse, which the optimizer does not sum over ranks: leave "
+            "out optimizer.accumulate(), or build the embedding with sparse=False"
+        )
     if bool(row[WEIGHT] > 0):
         brought = [param for param, ranks in zip(params, ranks_with, strict=True) if ranks]
         totals = [_sum_of(param, sums, window.wide(param)) for param in brought]
@@ -60,38 +66,35 @@ def _sum_of(param: Tensor, sums: Mapping[Tensor, Tensor], dtype: torch.dtype) ->
     return sums[param] if param in sums else torch.zeros_like(param, dtype=dtype)
 
 
-def _refuse_sparse(sums: Mapping[Tensor, Tensor]) -> None:
-    sparse = sum(total.layout != torch.strided for total in sums.values())
-    if sparse:
-        raise RuntimeError(
-            f"{sparse} gradients are sparse, which the optimizer does not sum over ranks: leave "
-            "out optimizer.accumulate(), or build the embedding with sparse=False"
-        )
+@contextmanager
+def keeping_own(wrappers: Iterable[nn.Module]) -> Iterator[None]:
+    """Have DDP modules leave each rank its own gradients.
+
+    Raises:
+        RuntimeError: one has averaged all the same, since its forward was run before.
+    """
+    modules: list[Any] = list(wrappers)
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(module.no_sync())
+        yield
+    for module in modules:
+        averages = getattr(module, "require_forward_param_sync", False)
+        if averages and any(param.grad is not None for param in module.parameters()):
+            raise RuntimeError(
+                "the model averaged its gradients inside optimizer.accumulate(), since its forward "
+                "was run before: run both, forward and backward, inside"
+            )
 
 
 @contextmanager
-def keeping_own(model: nn.Module) -> Iterator[None]:
-    """Have a model leave each rank its own gradients, as far as it would average them."""
-    wrapped: Any = getattr(model, "_orig_mod", model)
-    if hasattr(wrapped, "no_sync"):
-        with wrapped.no_sync():
-            yield
-    else:
+def reducing_if(last: bool, modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Have FSDP2 modules average what they have accumulated in the window's last backward only."""
+    sharded: list[Any] = list(modules)
+    for module in sharded:
+        module.set_requires_gradient_sync(last, recurse=False)
+    try:
         yield
-
-
-@contextmanager
-def reducing_if(model: nn.Module, last: bool) -> Iterator[None]:
-    """Have a model average its accumulated gradients in the window's last backward only."""
-    wrapped: Any = getattr(model, "_orig_mod", model)
-    if hasattr(wrapped, "set_requires_gradient_sync"):
-        wrapped.set_requires_gradient_sync(last)
-        try:
-            yield
-        finally:
-            wrapped.set_requires_gradient_sync(True)
-    elif last:
-        yield
-    else:
-        with keeping_own(model):
-            yield
+    finally:
+        for module in sharded:
+            module.set_requires_gradient_sync(True, recurse=False)

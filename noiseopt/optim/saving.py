@@ -4,6 +4,7 @@ Its state is plain numbers under "noise" in every parameter group, where torch, 
 and torch.distributed.checkpoint all keep them, and a plain optimizer passes them over.
 """
 
+import copy
 import warnings
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 
 from noiseopt.adaptation import Adaptation
 from noiseopt.control import NoiseConfig
+from noiseopt.distributed import Ranks
 from noiseopt.optim.checks import check_group
 from noiseopt.optim.collector import GradientCollector
 from noiseopt.optim.hyper import UPDATES, start_numbers
@@ -25,6 +27,7 @@ class SavesNoise(NoiseReadings, Optimizer):
     config: NoiseConfig
     _process_group: dist.ProcessGroup | None
     _collector: GradientCollector
+    _logged = False
     _warned_of_open_window = False
 
     def _begin(self) -> None:
@@ -37,6 +40,12 @@ class SavesNoise(NoiseReadings, Optimizer):
             group = self.param_groups.pop()
             check_group(group)
             self.param_groups.append(group)
+            if Ranks.of(self._all_params(), self._process_group) != self._adaptation.ranks:
+                self.param_groups.pop()
+                raise ValueError(
+                    "the new group's gradients are averaged over other ranks than those of the "
+                    "optimizer's other parameters: give them an optimizer of their own"
+                )
             self._adaptation.add_group()
             self._start_numbers(group)
             self._collector.add_group(group["params"])
@@ -86,6 +95,7 @@ class SavesNoise(NoiseReadings, Optimizer):
         else:
             self._adaptation.restart()
         self._collector.clear(keep_memory=False)
+        self._logged = False  # ranks compare what they go on from, as at the start
         for group in self.param_groups:
             self._start_numbers(group)
 
@@ -96,14 +106,30 @@ class SavesNoise(NoiseReadings, Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._publish()
-        return super().__getstate__() | {"config": self.config}
+        own = {"config": self.config, "had_process_group": self._process_group is not None}
+        return super().__getstate__() | own
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin._process_group = self._process_group
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_adaptation" in self.__dict__:
             self._restore()
         else:
-            self._process_group = None
+            if "_process_group" not in self.__dict__:
+                self._process_group = None
+                if state.get("had_process_group"):
+                    warnings.warn(
+                        "the optimizer was pickled without its process_group and now shares its "
+                        "gradients with the default group: build it anew, with a process_group, "
+                        "and load the state_dict",
+                        stacklevel=2,
+                    )
             self._begin()
 
     def _all_params(self) -> list[list[Tensor]]:

@@ -4,9 +4,11 @@ A single process that takes all ranks' micro-batches in its window is the oracle
 samples, the same gradients and the same weights.
 """
 
+import copy
 import functools
 import gc
 import logging
+import pickle
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -20,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from noiseopt import NoiseAwareAdamW, NoiseConfig, NoiseMonitor
 from tests.distributed.ranks import RANKS, part, result, run_on_ranks, weights_of, windows_of
-from tests.optim.helpers import advise, build, draw, loss_of, train
+from tests.optim.helpers import advise, build, draw, joined, loss_of, train
 
 STEPS, LR = 24, 1e-2
 WAYS = {
@@ -344,11 +346,11 @@ def rates_that_differ(rank):
     net = build()
     optimizer = NoiseAwareAdamW(net.parameters(), lr=LR * (1 + rank), noise=measured(1))
     wrapped = DistributedDataParallel(net)
-    first, second, *_ = part(draw(4 * RANKS), rank)
-    train(wrapped, optimizer, [first])
-    loss_of(wrapped, second).backward()
-    with pytest.raises(RuntimeError, match="the state that decisions rest on") as caught:
+    before = weights_of(net)
+    loss_of(wrapped, draw(RANKS)[rank]).backward()
+    with pytest.raises(RuntimeError, match="ranks disagree on") as caught:
         optimizer.step()
+    assert torch.equal(before, weights_of(net))
     return str(caught.value)
 
 
@@ -359,6 +361,60 @@ def inside_join(rank):
     wrapped = DistributedDataParallel(net)
     with pytest.raises(RuntimeError, match=r"step\(\) inside model.join\(\)"), wrapped.join():
         train(wrapped, optimizer, draw(2 + rank))
+
+
+def thawed(rank):
+    """Parameters that are unfrozen later are trained, and measured from the next window on."""
+    net = build()
+    net[0].requires_grad_(False)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(1))
+    wrapped = DistributedDataParallel(net)
+    batches = part(draw(8 * RANKS), rank)
+    train(wrapped, optimizer, batches[:4])
+    net[0].requires_grad_(True)
+    train(DistributedDataParallel(net), optimizer, batches[4:])
+    return seen(optimizer, net)
+
+
+class LowRank(nn.Module):
+    """Pairs of matrices of which one is zero at first, as LoRA's are."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.pairs = nn.ModuleList(
+            nn.ParameterList([torch.randn(6, 2), torch.zeros(2, 6)]) for _ in range(6)
+        )
+
+    def forward(self, x):
+        for down, up in self.pairs:
+            x = x + x @ down @ up
+        return x[:, :3]
+
+
+def low_rank(rank):
+    net = LowRank()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
+    wrapped, scaler = DistributedDataParallel(net), GradScaler("cpu", init_scale=65536.0)
+    for batch in part(draw(4 * RANKS, dtype=torch.float32), rank):
+        scaler.scale(loss_of(wrapped, batch)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    return seen(optimizer, net)
+
+
+def copied_in_a_group(rank):
+    """A copy keeps the process group, which a pickle cannot."""
+    groups = [dist.new_group([other]) for other in range(RANKS)]
+    net = build(seed=rank)
+    kwargs = {"noise": measured(1), "process_group": groups[rank]}
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, **kwargs)
+    train(net, optimizer, draw(4, seed=rank))
+    twin = copy.deepcopy(optimizer)
+    with pytest.warns(UserWarning, match="pickled without its process_group"):
+        pickle.loads(pickle.dumps(optimizer))
+    return twin._adaptation.ranks.all
 
 
 def an_optimizer_that_is_gone(rank):
@@ -414,6 +470,9 @@ CASES = {
     "rates": rates_that_differ,
     "join": inside_join,
     "gone": an_optimizer_that_is_gone,
+    "thawed": thawed,
+    "low rank": low_rank,
+    "copied": copied_in_a_group,
     "alone": a_group_of_one,
 }  # fmt: skip
 
@@ -630,7 +689,35 @@ def test_ranks_that_start_from_different_settings_stop(ranks):
 
 def test_ranks_whose_decisions_would_part_stop_and_say_what_differs(ranks):
     for message in result(ranks, "rates"):
-        assert "lr: [0.01, 0.02]" in message
+        assert "lr of group 0: [0.01, 0.02]" in message
+
+
+def test_parameters_that_are_unfrozen_later(ranks):
+    first, second = result(ranks, "thawed")
+    assert_agreed(first, second)
+    known = [w.norms.finite for w in first["windows"]]
+    assert known == [True] * 4 + [False] + [True] * 3
+    net = build()
+    net[0].requires_grad_(False)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=LR)
+    whole = joined(draw(8 * RANKS), RANKS)
+    train(net, optimizer, whole[:4])
+    net[0].requires_grad_(True)
+    train(net, optimizer, whole[4:])
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-10)
+
+
+def test_a_loss_scale_does_not_show_where_half_of_the_gradients_are_zero(ranks):
+    first, second = result(ranks, "low rank")
+    assert_agreed(first, second)
+    net = LowRank()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(4))
+    train(net, optimizer, draw(4 * RANKS, dtype=torch.float32))
+    assert_same_windows(first["windows"][:1], seen(optimizer, net)["windows"][:1], 1e-5)
+
+
+def test_a_copy_keeps_its_process_group(ranks):
+    assert result(ranks, "copied") == [1, 1]
 
 
 def test_an_optimizer_that_is_gone_leaves_no_hooks(ranks):

@@ -1,6 +1,7 @@
 """FSDP2, hybrid and tensor-parallel meshes on real ranks, held against one process."""
 
 import functools
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -29,7 +30,7 @@ from tests.distributed.test_ddp import (
     seen,
 )
 from tests.distributed.test_own_gradients import loop
-from tests.optim.helpers import FEATURES, HIDDEN, OUTPUTS, build, draw, loss_of, train
+from tests.optim.helpers import FEATURES, HIDDEN, OUTPUTS, build, draw, joined, loss_of, train
 
 POLICIES = {
     "plainly": {},
@@ -146,6 +147,33 @@ def summed(rank):
     return seen(optimizer, net)
 
 
+def warming_up(rank, accumulates):
+    """A schedule that starts at 0: its first micro-batch is none that builds the state."""
+    net = shard(build())
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(step / 4, 1.0))
+    for batch in part(draw(8 * RANKS), rank):
+        with optimizer.accumulate(net) if accumulates else nullcontext():
+            loss_of(net, batch).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return seen(optimizer, net)
+
+
+def two_optimizers(rank):
+    """Their windows need not end together, and FSDP2 can put off for both or for none."""
+    net = shard(build())
+    matrices = [p for p in net.parameters() if p.dim() > 1]
+    rest = [p for p in net.parameters() if p.dim() == 1]
+    outer = NoiseAwareAdamW(matrices, lr=LR, noise=measured(2))
+    inner = NoiseAwareAdamW(rest, lr=LR, noise=measured(1))
+    with outer.accumulate(net), inner.accumulate(net):
+        loss_of(net, draw(RANKS)[rank]).backward()
+    with pytest.raises(RuntimeError, match="FSDP2 has averaged gradients"):
+        outer.step()
+
+
 def flushed_early(rank):
     net = shard(build())
     optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(3))
@@ -238,6 +266,9 @@ CASES = {
     "monitor": functools.partial(external, monitor=True),
     "summed": summed,
     "flushed": flushed_early,
+    "warming up False": functools.partial(warming_up, accumulates=False),
+    "warming up True": functools.partial(warming_up, accumulates=True),
+    "two optimizers": two_optimizers,
     "experts": experts,
     "tensor parallel": tensor_parallel,
     "hybrid 1": functools.partial(hybrid, replicate=1),
@@ -359,7 +390,20 @@ def test_summed_losses_are_divided_by_the_samples_of_all(ranks):
     torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["flushed", "experts"])
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_a_rate_of_0_at_first_loses_nothing(ranks, accumulates):
+    first, second = result(ranks, f"warming up {accumulates}")
+    assert_agreed(first, second)
+    net = build()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=LR)
+    for index, batch in enumerate(joined(draw(8 * RANKS), 2 * RANKS)):
+        optimizer.param_groups[0]["lr"] = LR * min((2 * index + 1) / 4, 1.0)
+        train(net, optimizer, [batch])
+    assert first["windows"][0].norms.count == 2 * RANKS
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["flushed", "experts", "two optimizers"])
 def test_what_cannot_be_is_an_error_with_the_remedy(ranks, name):
     result(ranks, name)
 

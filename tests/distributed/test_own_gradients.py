@@ -30,7 +30,7 @@ from tests.distributed.test_ddp import (
     measured,
     seen,
 )
-from tests.optim.helpers import advise, build, draw, loss_of, train
+from tests.optim.helpers import advise, build, draw, joined, loss_of, train
 
 WIDE = 64  # enough parameters for traffic to show
 
@@ -149,6 +149,76 @@ def scaled(rank):
     return seen(optimizer, net)
 
 
+def scaler_that_skips(rank, skipped):
+    """An overflow on one rank, whose GradScaler leaves step() out there and nowhere else."""
+    net = build(torch.float32)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
+    scaler, wrapped = GradScaler("cpu", init_scale=2.0), DistributedDataParallel(net)
+    for index, batch in enumerate(part(draw(12 * RANKS, dtype=torch.float32), rank)):
+        with optimizer.accumulate(wrapped):
+            loss = scaler.scale(loss_of(wrapped, batch))
+            (loss * torch.inf if rank == 1 and index in skipped else loss).backward()
+        scaler.step(optimizer)
+        scaler.update(2.0)
+        optimizer.zero_grad()
+    optimizer.flush()
+    return seen(optimizer, net)
+
+
+def frozen_inside(rank):
+    """A GAN freezes its discriminator while the window of that is open."""
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(3))
+    wrapped = DistributedDataParallel(net)
+    loop(optimizer, wrapped, part(draw(2 * RANKS), rank))
+    net.requires_grad_(False)
+    optimizer.flush()
+    return seen(optimizer, net)
+
+
+def other_weights(rank):
+    """Nothing makes the weights of models equal that are not wrapped."""
+    net = build(seed=rank)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=fixed_local(1))
+    loss_of(net, draw(RANKS)[rank]).backward()
+    with pytest.raises(RuntimeError, match="squared norm of the parameters"):
+        optimizer.step()
+
+
+def inner_module(rank):
+    """accumulate() is given what DDP wraps, not DDP."""
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(3))
+    wrapped = DistributedDataParallel(net)
+    for batch in part(draw(STEPS * RANKS), rank):
+        with optimizer.accumulate(wrapped.module):
+            loss_of(wrapped, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen(optimizer, net)
+
+
+def only_the_backward(rank):
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(3))
+    wrapped = DistributedDataParallel(net)
+    loss = loss_of(wrapped, draw(RANKS)[rank])
+    with (
+        pytest.raises(RuntimeError, match="its forward was run before"),
+        optimizer.accumulate(wrapped),
+    ):
+        loss.backward()
+
+
+def weighed_ones(rank):
+    """Windows of one, of unequal samples: weighted as longer ones are."""
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=advise(1, decision_interval=1))
+    batches = draw(4, [4, 3, 2, 6] if rank == 0 else [12, 1, 5, 2], seed=rank)
+    loop(optimizer, DistributedDataParallel(net), batches, counts=True)
+    return seen(optimizer, net)
+
+
 def mixed(rank):
     net = build()
     optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(3))
@@ -171,7 +241,7 @@ def sparse(rank):
             net(torch.tensor([rank])).sum().backward()
         if len(optimizer._collector) == 0:
             optimizer.step()
-    with pytest.raises(RuntimeError, match="1 gradients are sparse"):
+    with pytest.raises(RuntimeError, match="gradients are sparse"):
         optimizer.step()
 
 
@@ -237,6 +307,15 @@ CASES = {
     "nonfinite": nonfinite,
     "scaled": scaled,
     "mixed": mixed,
+    "skip one": functools.partial(scaler_that_skips, skipped=(2,)),
+    "skip last": functools.partial(scaler_that_skips, skipped=(3, 7)),
+    "skip two": functools.partial(scaler_that_skips, skipped=(2, 3)),
+    "skip end": functools.partial(scaler_that_skips, skipped=(11,)),
+    "frozen inside": frozen_inside,
+    "other weights": other_weights,
+    "inner module": inner_module,
+    "only the backward": only_the_backward,
+    "weighed ones": weighed_ones,
     "sparse": sparse,
     "traffic": functools.partial(traffic, accumulates=True),
     "traffic before": functools.partial(traffic, accumulates=False),
@@ -365,7 +444,57 @@ def test_loss_scales_that_differ_between_ranks_and_steps(ranks):
     assert_same_windows(first["windows"][:3], expected["windows"][:3], 1e-5)
 
 
-@pytest.mark.parametrize("name", ["mixed", "sparse", "static and local"])
+@pytest.mark.parametrize(
+    ("name", "skipped"),
+    [("skip one", (2,)), ("skip last", (3, 7)), ("skip two", (2, 3)), ("skip end", (11,))],
+)
+def test_a_grad_scaler_that_skips_on_one_rank_leaves_out_that_alone(ranks, name, skipped):
+    first, second = result(ranks, name)
+    assert_agreed(first, second)
+    net = build(torch.float32)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=LR)
+    both = draw(12 * RANKS, dtype=torch.float32)
+    for at in range(0, 12, 2):
+        left = [
+            both[step * RANKS + rank]
+            for step in (at, at + 1)
+            for rank in range(RANKS)
+            if not (rank == 1 and step in skipped)
+        ]
+        train(net, optimizer, [tuple(torch.cat(parts) for parts in zip(*left, strict=True))])
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-5)
+
+
+def test_parameters_that_are_frozen_inside_a_window_get_its_mean(ranks):
+    first, second = result(ranks, "frozen inside")
+    assert_agreed(first, second)
+    net = build()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=LR)
+    train(net, optimizer, joined(draw(2 * RANKS), 2 * RANKS))
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-10)
+
+
+def test_the_module_inside_ddp_will_do(ranks):
+    first, second = result(ranks, "inner module")
+    assert_agreed(first, second)
+    assert_same_windows(first["windows"], alone(3)["windows"], 1e-10)
+
+
+def test_windows_of_one_are_weighted_by_samples_too(ranks):
+    first, second = result(ranks, "weighed ones")
+    assert_agreed(first, second)
+    parts = [draw(4, [4, 3, 2, 6], seed=0), draw(4, [12, 1, 5, 2], seed=1)]
+    whole = [
+        tuple(torch.cat(t) for t in zip(*pair, strict=True)) for pair in zip(*parts, strict=True)
+    ]
+    net = build()
+    train(net, torch.optim.AdamW(net.parameters(), lr=LR), whole)
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "name", ["mixed", "sparse", "static and local", "other weights", "only the backward"]
+)
 def test_what_cannot_be_averaged_is_an_error(ranks, name):
     result(ranks, name)
 
