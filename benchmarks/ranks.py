@@ -227,8 +227,9 @@ def config(window: int, decision_interval: int) -> NoiseConfig:
 class OneForAll(Ranks):
     """Ranks that take their own numbers for everyone's."""
 
-    def sum_(self, numbers: Tensor, what: str) -> Tensor:
-        return numbers.mul_(self.all)
+    def begin_sum_(self, numbers: Tensor, what: str) -> Callable[[], None]:
+        numbers.mul_(self.all)
+        return lambda: None
 
 
 def keep_rows(optimizer: NoiseAwareAdamW) -> None:
@@ -452,7 +453,8 @@ PARTS = (
     (GradientWindow, "_squared_norms", "norm of the mean"),
     (GradientWindow, "_add", "adding to the window's sum"),
     (GradientWindow, "_merge", "adding the last gradient"),
-    (Ranks, "sum_", ROW),
+    (Ranks, "begin_sum_", ROW),
+    (Agreement, "_finish", "waiting for the row, and looking at it"),
     (Ranks, "sum_gradients_", AVERAGING),
     (collector, "reduce_window", "the rest of averaging"),
     (Adaptation, "agree", "making and checking the row"),
@@ -658,18 +660,24 @@ def all_reduces(numbers: int, blocks: int, calls: int = 20) -> list[float]:
 
 
 def rows_in_updates(size: Size, updates: int) -> tuple[int, list[float], list[float]]:
-    """The row's numbers, and the seconds of each update and of the all-reduce inside it."""
+    """The row's numbers, and the seconds of each update and of its row, its wait included."""
     numbers, inside, whole = 0, [], []
-    arm, send = Ours("DDP", size, 1), Ranks.sum_
+    arm, begin, finish = Ours("DDP", size, 1), Ranks.begin_sum_, Agreement._finish
 
-    def timed(self: Ranks, row: Tensor, what: str) -> Tensor:
+    def begun(self: Ranks, row: Tensor, what: str) -> Callable[[], None]:
         nonlocal numbers
         numbers, start = len(row), time.perf_counter()
-        send(self, row, what)
+        end = begin(self, row, what)
         inside.append(time.perf_counter() - start)
-        return row
+        return end
 
-    with patch.object(Ranks, "sum_", timed):
+    def finished(self: Agreement, *args: Any) -> None:
+        start = time.perf_counter()
+        finish(self, *args)
+        if inside:
+            inside[-1] += time.perf_counter() - start
+
+    with patch.object(Ranks, "begin_sum_", begun), patch.object(Agreement, "_finish", finished):
         for _ in range(updates + 2):
             start = time.perf_counter()
             arm.update()
@@ -690,12 +698,13 @@ def row_numbers(groups: int = 1) -> int:
     sent: list[Tensor] = []
 
     class Noting(Ranks):
-        def sum_(self, numbers: Tensor, what: str) -> Tensor:
+        def begin_sum_(self, numbers: Tensor, what: str) -> Callable[[], None]:
             sent.append(numbers)
-            return numbers.mul_(self.all)
+            numbers.mul_(self.all)
+            return lambda: None
 
     row, norm = torch.ones(2 * groups + TAIL, dtype=torch.float64), torch.ones(())
-    Agreement(Noting(2)).sum_(row, norm, norm, row.new_empty(0), "a window")
+    Agreement(Noting(2)).sum_(row, norm, norm, row.new_empty(0), "a window", at_once=True)
     return len(sent[0])
 
 
