@@ -175,8 +175,9 @@ class GradientCollector:
             yield
             return
         if self._ranks.sharded:
-            with reducing_if(last, self._sharded_modules(model, groups)):
-                self.waits = self._capture is None and not last
+            modules = self._sharded_modules(model, groups)
+            self.waits = self._capture is None and not last
+            with self._forgotten_if_it_raises(), reducing_if(last, modules):
                 yield
             return
         wrappers = self._wrappers(model, groups)
@@ -184,10 +185,17 @@ class GradientCollector:
         if averages:
             yield
             return
-        self._is_own = self._capture is None
-        with self._unread(), keeping_own(wrappers):
+        self._is_own = self._unstepped = self._capture is None
+        with self._forgotten_if_it_raises(), self._unread(), keeping_own(wrappers):
             yield
-        self._unstepped = self._capture is None
+
+    @contextmanager
+    def _forgotten_if_it_raises(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._is_own, self._unstepped, self.waits = self._always_own, False, False
+            raise
 
     def _sharded_modules(self, model: nn.Module, groups: Groups) -> list[nn.Module]:
         params = [param for params in groups for param in params]

@@ -198,6 +198,21 @@ def inner_module(rank):
     return seen(optimizer, net)
 
 
+def step_inside(rank):
+    """The whole iteration inside the context; and one that raises there leaves nothing behind."""
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(3))
+    wrapped = DistributedDataParallel(net)
+    with pytest.raises(ZeroDivisionError), optimizer.accumulate(wrapped):
+        1 / 0  # noqa: B018
+    for batch in part(draw(STEPS * RANKS), rank):
+        with optimizer.accumulate(wrapped):
+            loss_of(wrapped, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return seen(optimizer, net)
+
+
 def only_the_backward(rank):
     net = build()
     optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(3))
@@ -314,6 +329,7 @@ CASES = {
     "frozen inside": frozen_inside,
     "other weights": other_weights,
     "inner module": inner_module,
+    "step inside": step_inside,
     "only the backward": only_the_backward,
     "weighed ones": weighed_ones,
     "sparse": sparse,
@@ -474,8 +490,9 @@ def test_parameters_that_are_frozen_inside_a_window_get_its_mean(ranks):
     torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-10)
 
 
-def test_the_module_inside_ddp_will_do(ranks):
-    first, second = result(ranks, "inner module")
+@pytest.mark.parametrize("name", ["inner module", "step inside"])
+def test_other_ways_to_accumulate(ranks, name):
+    first, second = result(ranks, name)
     assert_agreed(first, second)
     assert_same_windows(first["windows"], alone(3)["windows"], 1e-10)
 
