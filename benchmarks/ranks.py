@@ -34,6 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -125,7 +126,7 @@ def wrapped_gpt(wrapping: str, shape: Shape) -> nn.Module:
     return fully_shard(model)
 
 
-class Arm:
+class Arm(ABC):
     """A model of its own, in its own loop.
 
     Args:
@@ -148,9 +149,9 @@ class Arm:
         self.taken += 1
         return self.data[self.taken % len(self.data)]
 
+    @abstractmethod
     def update(self) -> None:
         """Train on one window."""
-        raise NotImplementedError
 
 
 class Plain(Arm):
