@@ -18,5 +18,6 @@ from noiseopt.capture.sharding import local as local
 from noiseopt.capture.sharding import settled as settled
 from noiseopt.capture.sharding import share_among as share_among
 from noiseopt.capture.sharding import unsharded_leaves as unsharded_leaves
+from noiseopt.capture.sums import scale_all as scale_all
+from noiseopt.capture.sums import wide_type as wide_type
 from noiseopt.capture.window import GradientWindow as GradientWindow
-from noiseopt.capture.window import scale_all as scale_all

@@ -5,23 +5,22 @@ The sum lives in a buffer of its own, in fp32 or wider, so that nothing a traini
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from noiseopt.capture.norms import squared_norms, sum_dtype
 from noiseopt.capture.row import Measured
-from noiseopt.capture.sharding import Share, local, whole
-
-_WIDE = {
-    torch.float16: torch.float32,
-    torch.bfloat16: torch.float32,
-    torch.complex32: torch.complex64,
-}
-Groups = Sequence[Sequence[Tensor]]
-Pairs = Sequence[tuple[Tensor, Tensor]]
+from noiseopt.capture.sharding import Share
+from noiseopt.capture.sums import (
+    GradientSums,
+    Groups,
+    grads_of,
+    is_narrow,
+    pairs_of,
+    scale_all,
+)
 
 
 class GradientWindow:
@@ -51,8 +50,7 @@ class GradientWindow:
         self._samples: list[float] = []
         self._weights: list[float] = []
         self._finite: list[Tensor | bool] = []
-        self._sums: dict[Tensor, Tensor] = {}
-        self._summed: set[Tensor] = set()
+        self._sums = GradientSums()
         self._merged = False
         self._share = share
         self.alone = False
@@ -69,7 +67,7 @@ class GradientWindow:
     @property
     def nbytes(self) -> int:
         """The memory that the sum holds."""
-        return sum(buffer.nbytes for buffer in self._sums.values())
+        return self._sums.nbytes
 
     def take(
         self,
@@ -97,16 +95,16 @@ class GradientWindow:
         finite = self._finite[-1]
         if not closes:
             if finite is not False:
-                self._add(_pairs(groups))
+                self._sums.add(pairs_of(groups), self._newest_factor)
             return None
         if len(self) == 1 and not self._of_sums:
             return self._measured(norms, None)
         if finite is False:
             return self.flush(groups)
-        if _is_narrow(groups):
-            self._add(_pairs(groups))
+        if is_narrow(groups):
+            self._sums.add(pairs_of(groups), self._newest_factor)
             return self.flush(groups)
-        self._merge(_pairs(groups))
+        self._sums.merge(pairs_of(groups), self._newest_factor)
         return self._measured_sum(groups)
 
     def pass_over(self, samples: float, weight: float) -> None:
@@ -117,14 +115,14 @@ class GradientWindow:
 
     def flush(self, groups: Groups) -> Measured:
         """End the window with what was taken so far, leaving its sum in `p.grad`."""
-        if not _is_narrow(groups) or self._of_sums:
-            self._restore(groups)
+        if not is_narrow(groups) or self._of_sums:
+            self._sums.restore(groups)
             return self._measured_sum(groups)
         # A narrow type may not hold the sum: made the mean while it is wide, it is rounded once.
         total = self._counts()[1].sum()
-        scale_all([self._sums[param] for param in self._summed], 1 / total)
-        self._restore(groups)
-        big = self._squared_norms(_grads(groups)) + 0 / total  # nan where nothing was left
+        scale_all(list(self._sums.totals.values()), 1 / total)
+        self._sums.restore(groups)
+        big = self._squared_norms(grads_of(groups)) + 0 / total  # nan where nothing was left
         return self._measured(big, None)
 
     def take_alone(self, groups: Groups, samples: float, weight: float, closes: bool) -> None:
@@ -133,11 +131,11 @@ class GradientWindow:
         self._note(groups, samples, weight, False, None)
         if self._finite[-1] is False:
             return
-        if closes and not _is_narrow(groups):
-            self._merge(_pairs(groups))
+        if closes and not is_narrow(groups):
+            self._sums.merge(pairs_of(groups), self._newest_factor)
             self._merged = True
         else:
-            self._add(_pairs(groups))
+            self._sums.add(pairs_of(groups), self._newest_factor)
 
     def leave_out(self, groups: Groups, samples: float, weight: float) -> None:
         """Count a gradient of this rank's own that was thrown away."""
@@ -154,18 +152,15 @@ class GradientWindow:
             weighted sum: `p.grad` itself, or a wider buffer where that is of a narrow type.
         """
         measured = self._measured(self._squared_norms([[] for _ in groups]), None)
-        if _is_narrow(groups):
+        if is_narrow(groups):
+            totals = self._sums.totals
             for param in (param for group in groups for param in group):
-                if param not in self._summed:
+                if param not in totals:
                     param.grad = None
-            return measured, {param: self._sums[param] for param in self._summed}
+            return measured, totals
         if not self._merged:
-            self._restore(groups)
-        return measured, dict(_pairs(groups))
-
-    def wide(self, param: Tensor) -> torch.dtype:
-        """The type in which a parameter's gradients are summed."""
-        return _WIDE.get(param.dtype, param.dtype)
+            self._sums.restore(groups)
+        return measured, dict(pairs_of(groups))
 
     def add_group(self) -> None:
         """Count one more parameter group as without gradient in the window so far."""
@@ -174,10 +169,8 @@ class GradientWindow:
     def clear(self, keep_memory: bool) -> None:
         """Start the next window."""
         self._norms, self._samples, self._weights, self._finite = [], [], [], []
-        self._summed.clear()
+        self._sums.clear(keep_memory)
         self.alone = self._merged = False
-        if not keep_memory:
-            self._sums.clear()
 
     def _note(
         self,
@@ -188,7 +181,7 @@ class GradientWindow:
         local_norms: Tensor | None,
     ) -> Tensor:
         """Count a micro-batch and keep its norms; return those of `p.grad`."""
-        grads = _grads(groups)
+        grads = grads_of(groups)
         norms = self._squared_norms(grads)
         finite = self._judge(norms, grads, closes)
         self.pass_over(samples, weight)
@@ -216,78 +209,6 @@ class GradientWindow:
                 grad.masked_fill_(lost.to(grad.device), 0)
         return finite
 
-    def _add(self, pairs: Pairs) -> None:
-        """Add the newest micro-batch's gradients to the sum, by their weight."""
-        weight = self._newest_factor
-        first: list[tuple[Tensor, Tensor]] = []
-        sums: list[Tensor] = []
-        grads: list[Tensor] = []
-        for param, grad in pairs:
-            if param not in self._summed:
-                first.append((param, grad))
-            elif grad.layout == torch.strided:
-                sums.append(self._sums[param])
-                grads.append(grad)
-            else:
-                self._sums[param] = self._sums[param] + weight * grad
-        if sums:
-            torch._foreach_add_(sums, grads, alpha=weight)
-        if first:
-            self._start(first, weight)
-
-    def _start(self, pairs: Pairs, weight: float) -> None:
-        """Begin the sums of parameters that have none yet in this window."""
-        sums: list[Tensor] = []
-        grads: list[Tensor] = []
-        for param, grad in pairs:
-            if param in self._sums and grad.layout == torch.strided:
-                sums.append(self._sums[param])
-                grads.append(grad)
-            else:
-                wide = _WIDE.get(grad.dtype, grad.dtype)
-                self._sums[param] = grad.detach().to(wide, copy=True)
-        if sums:
-            torch._foreach_copy_(sums, grads)
-        if weight != 1:
-            torch._foreach_mul_([self._sums[param] for param, _ in pairs], weight)
-        self._summed.update(param for param, _ in pairs)
-
-    def _merge(self, pairs: Pairs) -> None:
-        """Leave the sum in `p.grad`, to which the newest micro-batch is added here."""
-        weight = self._newest_factor
-        if weight != 1:
-            torch._foreach_mul_([grad for _, grad in pairs], weight)
-        sums: list[Tensor] = []
-        grads: list[Tensor] = []
-        for param, grad in pairs:
-            if param not in self._summed:
-                continue
-            total = self._sums[param]
-            if grad.layout == torch.strided:
-                sums.append(total)
-                grads.append(grad)
-            else:
-                param.grad = total + grad
-        if grads:
-            torch._foreach_add_(grads, sums)
-        self._hand_over(self._summed.difference(param for param, _ in pairs))
-
-    def _restore(self, groups: Groups) -> None:
-        """Leave the sum in `p.grad` in place of whatever is there."""
-        left = set(self._summed)
-        for param in (param for group in groups for param in group):
-            if param not in left:
-                param.grad = None
-            elif param.grad is not None and param.grad.layout == torch.strided:
-                local(param.grad).copy_(self._sums[param])
-                left.discard(param)
-        self._hand_over(left)
-
-    def _hand_over(self, params: Iterable[Tensor]) -> None:
-        """Give sums away to parameters that have no gradient to hold them."""
-        for param in params:
-            param.grad = whole(self._sums.pop(param).to(param.dtype), param)
-
     @property
     def _newest_factor(self) -> float:
         """What the newest gradient is multiplied by in the sum."""
@@ -302,7 +223,7 @@ class GradientWindow:
         return squared_norms(grads, self._device, self._share)
 
     def _measured_sum(self, groups: Groups) -> Measured:
-        big = self._squared_norms(_grads(groups))
+        big = self._squared_norms(grads_of(groups))
         if self._of_sums:
             return self._measured(big, None)
         total = self._counts()[1].sum()
@@ -335,36 +256,3 @@ class GradientWindow:
                 for value in values
             ]
         )
-
-
-def scale_all(tensors: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply tensors in place, dense or sparse, on any devices.
-
-    Args:
-        tensors: what to scale.
-        factor: 0-d. Elsewhere than on the CPU nothing waits for it, unless a tensor is sparse.
-    """
-    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-    for tensor in map(local, tensors):
-        if tensor.layout == torch.strided:
-            by_kind[tensor.device, torch.promote_types(tensor.dtype, torch.float32)].append(tensor)
-        else:
-            tensor.mul_(float(factor))
-    for (device, dtype), dense in by_kind.items():
-        if device.type == "cpu":
-            torch._foreach_mul_(dense, float(factor))
-        else:
-            torch._foreach_mul_(dense, factor.to(device, dtype, non_blocking=True))
-
-
-def _is_narrow(groups: Groups) -> bool:
-    return any(param.dtype in _WIDE for group in groups for param in group)
-
-
-def _pairs(groups: Groups) -> list[tuple[Tensor, Tensor]]:
-    """The parameters that have a gradient, each with the part of it that is held here."""
-    return [(p, local(grad)) for group in groups for p in group if (grad := p.grad) is not None]
-
-
-def _grads(groups: Groups) -> list[list[Tensor]]:
-    return [[grad for p in group if (grad := p.grad) is not None] for group in groups]

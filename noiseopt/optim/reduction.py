@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from noiseopt.adaptation import Adaptation
-from noiseopt.capture import WEIGHT, GradientWindow, big_columns, scale_all, squared_norms
+from noiseopt.capture import (
+    WEIGHT,
+    GradientWindow,
+    big_columns,
+    scale_all,
+    squared_norms,
+    wide_type,
+)
 
 Groups = Sequence[Sequence[Tensor]]
 
@@ -49,7 +56,7 @@ def reduce_window(
         )
     if bool(row[WEIGHT] > 0):
         brought = [param for param, ranks in zip(params, ranks_with, strict=True) if ranks]
-        totals = [_sum_of(param, sums, window.wide(param)) for param in brought]
+        totals = [_sum_of(param, sums, wide_type(param)) for param in brought]
         adaptation.ranks.sum_gradients_(totals, adaptation.open_window)
         scale_all(totals, 1 / row[WEIGHT])
         for param, total in zip(brought, totals, strict=True):

@@ -322,7 +322,7 @@ def test_bf16_gradients_are_summed_in_fp32():
         param.grad = grad.clone()
         optimizer.step()
         narrow += grad
-    (buffer,) = optimizer._collector._window._sums.values()
+    (buffer,) = optimizer._collector._window._sums.totals.values()
     exact = grads.double().sum(0)
 
     def error(total):
