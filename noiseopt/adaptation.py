@@ -28,6 +28,7 @@ from noiseopt.control import (
     unknown,
 )
 from noiseopt.distributed import Ranks, ddp_around, digest, refuse_join
+from noiseopt.samples import SampleCounts
 
 STATE_VERSION = 1
 KEPT_DECISIONS = 256
@@ -81,9 +82,8 @@ class Adaptation:
         self._controller = controller
         self._rows: list[Tensor] = []
         self._windows: list[Window] = []
-        self._told: list[tuple[float, float]] = []
+        self._samples = SampleCounts(self.config, controller.state.counts_samples)
         self._losses: list[Tensor] = []
-        self._started = False
         self.decisions.clear()
         self.join(self.ranks)
 
@@ -160,19 +160,9 @@ class Adaptation:
 
     def set_samples(self, samples: float, weight: float | None = None) -> None:
         """Say how many samples the next micro-batch holds, and its weight if that is another."""
-        weight = samples if weight is None else weight
-        for name, value in (("samples", samples), ("weight", weight)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value!r}: it must be positive and finite")
+        self._samples.tell(samples, weight, begun=self._num_windows > 0)
         if not self._controller.state.counts_samples:
-            if self._num_windows or self._started:
-                raise RuntimeError(
-                    "set_samples() was first called after micro-batches had been counted as one "
-                    "each: call it before every micro-batch from the first, or set "
-                    "NoiseConfig.samples_per_micro_batch"
-                )
             self._controller = self._controller.counting_samples()
-        self._told.append((float(samples), float(weight)))
 
     def report_loss(self, loss: float | Tensor) -> None:
         """Give the mean loss of the micro-batch; a tensor is not read before the next decision."""
@@ -186,8 +176,7 @@ class Adaptation:
     @property
     def tells_samples(self) -> bool:
         """Whether the loop says how many samples each micro-batch holds."""
-        counts = self._controller.state.counts_samples
-        return bool(self._told) or (counts and self.config.samples_per_micro_batch is None)
+        return self._samples.are_told
 
     def next_samples(self, device: torch.device, own: bool) -> tuple[float, float]:
         """The samples of the micro-batch that is taken now, and its weight in the window's mean.
@@ -199,39 +188,16 @@ class Adaptation:
             device: where numbers are summed over ranks.
             own: whether the gradient is this rank's own.
         """
-        self._started = True
-        told, self._told = self._told, []
-        if not told:
-            (samples,) = self._untold(1)
-            return samples, samples
-        samples, weight = told[-1]
+        samples, weight, told = self._samples.take()
         averaged = self.ranks.all > 1 and not own and self.config.loss_reduction == "mean"
-        if averaged and self.steps > 1:
+        if told and averaged and self.steps > 1:
             total = torch.tensor(weight, dtype=torch.float64, device=device)
             weight = self.ranks.sum_(total, self.open_window).item() / self.ranks.all
         return samples, weight
 
     def window_samples(self, micro_batches: int) -> list[float]:
         """The samples of a whole window's micro-batches, as far as they were told."""
-        self._started = True
-        told, self._told = self._told, []
-        counts = [samples for samples, _ in told]
-        if counts:
-            return counts if micro_batches > 1 else counts[-1:]
-        return self._untold(micro_batches)
-
-    def _untold(self, micro_batches: int) -> list[float]:
-        told_before = self._controller.state.counts_samples
-        if self.config.samples_per_micro_batch is not None:
-            return [self.config.samples_per_micro_batch] * micro_batches
-        if told_before or self.config.loss_reduction == "sum":
-            earlier = "for earlier micro-batches but not for this one"
-            why = earlier if told_before else "never, and loss_reduction is 'sum'"
-            raise RuntimeError(
-                f"set_samples() was called {why}: call it before every micro-batch, or set "
-                "NoiseConfig.samples_per_micro_batch"
-            )
-        return [1.0] * micro_batches
+        return self._samples.take_window(micro_batches)
 
     # ------------------------------------------------------------------ windows and decisions
 

@@ -1,0 +1,85 @@
+"""How many samples each micro-batch holds, and what it weighs, as the loop says it."""
+
+import math
+
+from noiseopt.control import NoiseConfig
+
+
+class SampleCounts:
+    """Counts that were told, until the micro-batches that they belong to are taken.
+
+    Args:
+        config: the settings; they may say how many samples every micro-batch holds.
+        counting: whether micro-batches come counted in samples, as in a state that was loaded.
+
+    Attributes:
+        counting: whether micro-batches come counted in samples.
+    """
+
+    def __init__(self, config: NoiseConfig, counting: bool) -> None:
+        self._config = config
+        self._told: list[tuple[float, float]] = []
+        self._taken = False
+        self.counting = counting
+
+    @property
+    def are_told(self) -> bool:
+        """Whether the loop says how many samples each micro-batch holds."""
+        return bool(self._told) or (self.counting and self._config.samples_per_micro_batch is None)
+
+    def tell(self, samples: float, weight: float | None, begun: bool) -> None:
+        """Take the count of the next micro-batch, and its weight if that is another.
+
+        Args:
+            samples: n_i.
+            weight: w_i; the samples if None.
+            begun: whether windows were closed before.
+
+        Raises:
+            ValueError: a number is not positive and finite.
+            RuntimeError: earlier micro-batches were counted without it.
+        """
+        weight = samples if weight is None else weight
+        for name, value in (("samples", samples), ("weight", weight)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value!r}: it must be positive and finite")
+        if not self.counting and (begun or self._taken):
+            raise RuntimeError(
+                "set_samples() was first called after micro-batches had been counted as one each: "
+                "call it before every micro-batch from the first, or set "
+                "NoiseConfig.samples_per_micro_batch"
+            )
+        self.counting = True
+        self._told.append((float(samples), float(weight)))
+
+    def take(self) -> tuple[float, float, bool]:
+        """Samples and weight of the micro-batch that is taken now, and whether they were told."""
+        told = self._take_told()
+        if told:
+            return *told[-1], True
+        (samples,) = self._untold(1)
+        return samples, samples, False
+
+    def take_window(self, micro_batches: int) -> list[float]:
+        """The samples of so many micro-batches, as far as they were told."""
+        counts = [samples for samples, _ in self._take_told()]
+        if counts:
+            return counts if micro_batches > 1 else counts[-1:]
+        return self._untold(micro_batches)
+
+    def _take_told(self) -> list[tuple[float, float]]:
+        self._taken = True
+        told, self._told = self._told, []
+        return told
+
+    def _untold(self, micro_batches: int) -> list[float]:
+        if self._config.samples_per_micro_batch is not None:
+            return [self._config.samples_per_micro_batch] * micro_batches
+        if self.counting or self._config.loss_reduction == "sum":
+            earlier = "for earlier micro-batches but not for this one"
+            why = earlier if self.counting else "never, and loss_reduction is 'sum'"
+            raise RuntimeError(
+                f"set_samples() was called {why}: call it before every micro-batch, or set "
+                "NoiseConfig.samples_per_micro_batch"
+            )
+        return [1.0] * micro_batches
