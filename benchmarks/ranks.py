@@ -57,6 +57,7 @@ from noiseopt.adaptation import Adaptation
 from noiseopt.agreement import Agreement
 from noiseopt.capture import GradientWindow, LocalNorms, passes
 from noiseopt.capture.row import TAIL
+from noiseopt.capture.sums import GradientSums
 from noiseopt.demo.gpt import GPT, VOCABULARY, Shape
 from noiseopt.distributed import Ranks
 from noiseopt.optim import collector
@@ -452,8 +453,8 @@ PARTS = (
     (passes.BackwardPasses, "_end", "end of the backward: norms joined, entries sampled"),
     (LocalNorms, "take", "factor from the sampled entries"),
     (GradientWindow, "_squared_norms", "norm of the mean"),
-    (GradientWindow, "_add", "adding to the window's sum"),
-    (GradientWindow, "_merge", "adding the last gradient"),
+    (GradientSums, "add", "adding to the window's sum"),
+    (GradientSums, "merge", "adding the last gradient"),
     (Ranks, "begin_sum_", ROW),
     (Agreement, "_finish", "waiting for the row, and looking at it"),
     (Ranks, "sum_gradients_", AVERAGING),
