@@ -131,18 +131,26 @@ class Adaptation:
             )
         device = device_of(groups)
         shapes = [[(tuple(p.shape), p.dtype) for p in params] for params in groups]
-        facts = {
-            "settings": repr(self.config),
+        facts: dict[str, object] = {
             "number of parameters": [len(params) for params in groups],
             "digest of the parameters' shapes and types": digest(shapes),
         }
         if self.ranks.all > 1 and not self.ranks.sharded:
             norm = squared_norms([[p.detach() for params in groups for p in params]], device)
             facts["squared norm of the parameters"] = norm.item()
-        self._learn()
-        self.ranks.compare(facts | self._common_state(), "what they start from")
+        self.compare(facts)
         if self.ranks.all > 1:
             self.ddp_around(groups)
+
+    def compare(self, facts: Mapping[str, object]) -> None:
+        """See that every rank starts from the same settings, state and facts: a collective.
+
+        Raises:
+            RuntimeError: ranks differ, which names what differs and how.
+        """
+        self._learn()
+        own = {"settings": repr(self.config), **self._common_state()}
+        self.ranks.compare({**facts, **own}, "what they start from")
 
     def ddp_around(self, groups: Sequence[Sequence[Tensor]]) -> Collection[nn.Module]:
         """The DDP modules that wrap the parameters, looked for once."""
@@ -280,6 +288,13 @@ class Adaptation:
                 f"become {steps}"
             )
         self.steps = steps
+
+    def keep_window(self) -> None:
+        """Decide on windows of the present length only, where someone else makes them."""
+        self.config = replace(
+            self.config, min_accumulation_steps=self.steps, max_accumulation_steps=self.steps
+        )
+        self._controller = replace(self._controller, config=self.config)
 
     def _open_window(self) -> None:
         """Fix what the next window uses, so that nothing changes inside it."""

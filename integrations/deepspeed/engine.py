@@ -1,0 +1,156 @@
+"""DeepSpeed's engine, noise-aware where its config says so."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from noiseopt.integrations.deepspeed.noise import EngineNoise
+from noiseopt.integrations.deepspeed.section import (
+    SECTION,
+    read_section,
+    refuse_optimizer,
+    translate_optimizer,
+)
+
+
+class NoiseAwareEngine(DeepSpeedEngine):  # type: ignore[misc]
+    """A `DeepSpeedEngine`; one without the section in its config is left as it is.
+
+    Attributes:
+        noise_aware: what it measures and decides; None without the section.
+    """
+
+    noise_aware: EngineNoise | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        config = kwargs["config_class"]
+        settings = read_section(config)
+        if settings is not None:
+            refuse_optimizer(kwargs.get("optimizer"))
+            _refuse_parallel_model(kwargs.get("mpu"))
+        translate_optimizer(config)
+        super().__init__(*args, **kwargs)
+        if settings is not None:
+            if self.has_moe_layers:
+                raise ValueError(f'experts with "{SECTION}" are not measured rightly yet')
+            self.noise_aware = EngineNoise(self, settings)
+
+    def backward(self, loss: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run a micro-batch's backward, and read its gradient's norm."""
+        if self.noise_aware is None:
+            return super().backward(loss, *args, **kwargs)
+        with self.noise_aware.reading(loss):
+            return super().backward(loss, *args, **kwargs)
+
+    def step(self, lr_kwargs: Any = None) -> None:
+        """Take a micro-batch; at the window's end update, and open the next window."""
+        super().step(lr_kwargs)
+        if self.noise_aware is not None:
+            self.noise_aware.open_window()
+
+    def _take_model_step(self, lr_kwargs: Any) -> None:
+        if self.noise_aware is None:
+            super()._take_model_step(lr_kwargs)
+            return
+        with self.noise_aware.update():
+            super()._take_model_step(lr_kwargs)
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """Say whether the next micro-batch ends a window, as Accelerate does before each."""
+        self._leave_windows("set_gradient_accumulation_boundary()")
+        super().set_gradient_accumulation_boundary(is_boundary)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Accumulate without reduction, as DeepSpeed has it."""
+        self._leave_windows("no_sync()")
+        with super().no_sync():
+            yield
+
+    @contextmanager
+    def coalesce_grad_reduction(self) -> Iterator[None]:
+        """Accumulate several backwards to one step, as DeepSpeed has it."""
+        self._leave_windows("coalesce_grad_reduction()")
+        with super().coalesce_grad_reduction():
+            yield
+
+    def _leave_windows(self, why: str) -> None:
+        if self.noise_aware is not None:
+            self.noise_aware.leave_windows_to_loop(why)
+
+    def save_checkpoint(
+        self, save_dir: str, tag: Any = None, client_state: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Save a checkpoint, with what was measured and decided in its client state."""
+        state = dict(client_state or {})
+        if self.noise_aware is not None:
+            state[SECTION] = self.noise_aware.state_dict()
+        return super().save_checkpoint(save_dir, tag, state, *args, **kwargs)
+
+    def load_checkpoint(
+        self,
+        load_dir: str,
+        tag: Any = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a checkpoint, and go on with its window, rates and clipping threshold.
+
+        With `load_module_only`, or without the optimizer's state, measuring starts anew.
+
+        Raises:
+            ValueError: the state is of another version or number of parameter groups.
+        """
+        path, state = super().load_checkpoint(
+            load_dir,
+            tag,
+            load_module_strict,
+            load_optimizer_states,
+            load_lr_scheduler_states,
+            load_module_only,
+            *args,
+            **kwargs,
+        )
+        ours = state.pop(SECTION, None) if isinstance(state, dict) else None
+        if self.noise_aware is not None and path is not None:
+            if ours is not None and load_optimizer_states and not load_module_only:
+                self.noise_aware.load_state_dict(ours)
+            else:
+                self.noise_aware.restart()
+        return path, state
+
+    def destroy(self) -> None:
+        """Remove the hooks, and free what DeepSpeed holds."""
+        if self.noise_aware is not None:
+            self.noise_aware.detach()
+        super().destroy()
+
+
+def refusing(engine_class: type[Any]) -> type[Any]:
+    """An engine class that refuses a config with the section instead of passing it over."""
+
+    class Refusing(engine_class):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            if read_section(kwargs["config_class"]) is not None:
+                raise ValueError(
+                    f'"{SECTION}" with a {engine_class.__name__} is not measured rightly yet: '
+                    "leave the section out, or use a plain engine"
+                )
+            super().__init__(*args, **kwargs)
+
+    return Refusing
+
+
+def _refuse_parallel_model(mpu: Any) -> None:
+    size = getattr(mpu, "get_model_parallel_world_size", lambda: 1)()
+    if size > 1:
+        raise ValueError(
+            f'mpu= spreads the model over {size} ranks, which with "{SECTION}" is not measured '
+            "rightly yet: leave out one of the two"
+        )

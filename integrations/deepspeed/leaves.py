@@ -1,0 +1,95 @@
+"""What each call of `engine.backward` brings on this rank, before anything is reduced.
+
+A hook on each parameter sees the full-shape local gradient at every ZeRO stage; a hook on the loss
+sees the factor that the engine puts on it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from noiseopt.capture.norms import begun_norm, joined_norm
+
+
+class LeafNorms:
+    """The squared norms of the open window's micro-batches.
+
+    Args:
+        groups: the parameters of each group.
+        device: where norms are kept.
+
+    Attributes:
+        norms: |f_i g_i|^2 of each backward, shape (groups,).
+        factors: f_i of each backward, 0-d.
+        strays: whether gradients came outside of `reading`, as by a direct `loss.backward()`.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[Tensor]], device: torch.device) -> None:
+        self._device = device
+        self._num_groups = len(groups)
+        self._reads = False
+        self._arrived: dict[Tensor, tuple[int, Tensor]] = {}
+        self._unknown = False
+        self.norms: list[Tensor] = []
+        self.factors: list[Tensor] = []
+        self.strays = False
+        self._handles = [
+            _hook(param, self._reader(param, index))
+            for index, params in enumerate(groups)
+            for param in params
+            if param.requires_grad
+        ]
+
+    def __len__(self) -> int:
+        """How many backward passes the open window has had."""
+        return len(self.norms)
+
+    @contextmanager
+    def reading(self, loss: Tensor) -> Iterator[None]:
+        """Read what the backward of this loss brings."""
+        self._reads, self._unknown = True, False
+        self._arrived.clear()
+        factors: list[Tensor] = []
+        handle = _hook(loss, lambda grad: factors.append(grad.detach()))
+        try:
+            yield
+        finally:
+            handle.remove()
+            self._reads = False
+        norms = torch.stack([self._joined(index) for index in range(self._num_groups)])
+        self.norms.append(norms * torch.nan if self._unknown else norms)
+        self.factors.append(factors[0].to(norms.device, norms.dtype, non_blocking=True))
+        self._arrived.clear()
+
+    def clear(self) -> None:
+        """Start the next window."""
+        self.norms, self.factors, self.strays = [], [], False
+
+    def detach(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _reader(self, param: Tensor, group: int) -> Callable[[Tensor], None]:
+        def read(grad: Tensor) -> None:
+            if not self._reads:
+                self.strays = True
+                return
+            # In two parts, as of a parameter that is used inside and outside of a reentrant
+            # checkpoint, a gradient's norm is not known.
+            self._unknown |= param in self._arrived
+            self._arrived[param] = group, begun_norm(grad)
+
+        return read
+
+    def _joined(self, group: int) -> Tensor:
+        begun = [norm for index, norm in self._arrived.values() if index == group]
+        return joined_norm(begun, self._device)
+
+
+def _hook(tensor: Any, function: Callable[[Tensor], None]) -> Any:
+    return tensor.register_hook(function)

@@ -1,0 +1,348 @@
+"""What an engine measures and decides: its windows from the first backward to the update."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from noiseopt.adaptation import Adaptation, Number
+from noiseopt.capture import Measured, end_row, squared_norms
+from noiseopt.control import Decision, NoiseConfig, metrics
+from noiseopt.distributed import Ranks, digest
+from noiseopt.integrations.deepspeed.leaves import LeafNorms
+from noiseopt.integrations.deepspeed.section import Settings
+from noiseopt.integrations.deepspeed.wrappers import wrapper_of
+from noiseopt.optim.hyper import overridden, scaled_values
+from noiseopt.readings import NoiseReadings
+
+KEEPS_LAST_ONLY = (1, 2)  # stages that lose all but the last of several backwards in one step
+
+logger = logging.getLogger("noiseopt")
+
+
+class EngineNoise(NoiseReadings):
+    """Measures the gradient noise of a DeepSpeed engine, and carries out what is decided.
+
+    It is `engine.noise_aware`. Besides the readings of an optimizer it tells `config`, the
+    settings, and `rule_name`, for a `DecisionLog`.
+
+    Args:
+        engine: the engine, whose optimizer is there already.
+        settings: what its config says.
+
+    Raises:
+        ValueError: the engine's optimizer cannot be measured.
+    """
+
+    _adaptation: Adaptation
+
+    def __init__(self, engine: Any, settings: Settings) -> None:
+        self._engine, self._settings = engine, settings
+        self._wrapper = wrapper_of(engine)
+        self._device = torch.device(engine.device)
+        self._groups = self._wrapper.params()
+        group, size = engine.data_parallel_group, engine.dp_world_size
+        ranks = Ranks(size, 1, self._wrapper.sharded, (group,) if size > 1 else ())
+        sgd = isinstance(self._wrapper.basic, torch.optim.SGD)
+        self.rule_name = settings.rate_rule or ("sgd" if sgd else "adam")
+        self._adaptation = Adaptation(settings.config, self.rule_name, len(self._groups), ranks)
+        self._adaptation.settings = self._hyper_parameters
+        self._leaves = LeafNorms(self._groups, self._device)
+        self._second_moments = self._wrapper.second_moments()
+        self._first_steps = settings.config.accumulation_steps
+        self._lent_norm = settings.config.max_norm  # the threshold that the engine clips at now
+        self._since_tick = 0
+        self._loop_owns_windows = False
+        self._started = self._ended = False
+        self._told: set[str] = set()
+        if engine.monitor.enabled:
+            self.add_observer(self._write_events)
+        if not engine.managed_gradient_accumulation():
+            self.leave_windows_to_loop("managed_gradient_accumulation=false")
+
+    # ------------------------------------------------------------------ what is offered
+
+    @property
+    def config(self) -> NoiseConfig:
+        """The settings."""
+        return self._adaptation.config
+
+    @property
+    def num_groups(self) -> int:
+        """How many parameter groups are measured."""
+        return self._adaptation.num_groups
+
+    @property
+    def num_updates(self) -> int:
+        """Updates applied. On an accelerator this waits for it."""
+        return self._adaptation.num_updates
+
+    @property
+    def lr_factor(self) -> float:
+        """The factor on the scheduler's learning rate in the open window."""
+        return self._adaptation.rates(self.accumulation_steps).lr
+
+    @property
+    def max_norm(self) -> float:
+        """The norm at which the open window's gradient is clipped; infinite for never."""
+        return self._lent_norm
+
+    def detach(self) -> None:
+        """Stop measuring: remove every hook."""
+        self._leaves.detach()
+
+    # ------------------------------------------------------------------ one window
+
+    @contextmanager
+    def reading(self, loss: Tensor) -> Iterator[None]:
+        """Read what the backward of a micro-batch's loss brings."""
+        with self._leaves.reading(loss):
+            yield
+        self._adaptation.report_loss(loss)
+
+    def leave_windows_to_loop(self, why: str) -> None:
+        """Keep windows as long as they are: someone else says where they end.
+
+        Raises:
+            RuntimeError: their length was changed before.
+        """
+        if self._loop_owns_windows:
+            return
+        if self.accumulation_steps != self._first_steps:
+            raise RuntimeError(
+                f"{why}: the loop says where windows end, after the engine had made them "
+                f"{self.accumulation_steps} micro-batches long: do so from the first one on"
+            )
+        self._loop_owns_windows = True
+        self._adaptation.keep_window()
+        self._tell(
+            f"{why}: the loop says where windows end, so they stay at {self._first_steps} "
+            "micro-batches; learning rate and clipping adapt"
+        )
+
+    @contextmanager
+    def update(self) -> Iterator[None]:
+        """Measure before the engine's update, lend it the rates, and close the window after it.
+
+        Raises:
+            RuntimeError: ranks disagree, or the engine has lost micro-batches.
+        """
+        steps = len(self._leaves)
+        if steps == 0:
+            yield
+            return
+        self._check_passes(steps)
+        if not self._started:
+            self._start()
+        measured = self._measure(steps)
+        row = self._adaptation.agree(measured, at_once=False)
+        norm = float("nan") if self._wrapper.skips else measured.big_norms.sum().sqrt().item()
+        withheld = not self._wrapper.skips and not norm < torch.inf
+        if withheld:
+            self._engine.zero_grad()
+        lr = self._user_lr()
+        scheduler, self._engine.lr_scheduler = self._engine.lr_scheduler, None
+        try:
+            with self._lent_rates(steps) as numbers:
+                yield
+        finally:
+            self._engine.lr_scheduler = scheduler
+        if withheld:
+            self._engine._step_applied = False
+            self._engine.skipped_steps += 1
+        applied = self._engine.was_step_applied()
+        if applied:
+            self._second_moments = numbers
+            self._tick(steps)
+        if self._wrapper.skips:
+            norm = self._engine.get_global_grad_norm()
+        end_row(row, applied, applied and bool(norm > self._lent_norm))
+        self._leaves.clear()
+        self._ended = True
+        self._adaptation.close_window(row, lambda: lr)
+
+    def open_window(self) -> None:
+        """After a step: give the engine the next window, exactly as long as was decided."""
+        if not self._ended:
+            return
+        self._ended = False
+        self._set_max_norm(self._adaptation.max_norm)
+        if not self._loop_owns_windows:
+            self._set_window(self.accumulation_steps)
+
+    def _set_window(self, steps: int) -> None:
+        engine = self._engine
+        if steps != self._first_steps:
+            self._warn_of_schedule()
+        micro_batch = engine.train_micro_batch_size_per_gpu()
+        engine.set_train_batch_size(micro_batch * engine.dp_world_size * steps)
+        engine.tput_timer.batch_size = engine.train_batch_size()
+        # The engine takes micro_steps modulo the window: counted from here, none is cut short.
+        engine.micro_steps = 0
+
+    def _set_max_norm(self, max_norm: float) -> None:
+        if self._adaptation.acts and max_norm != self._lent_norm:
+            self._lent_norm = max_norm
+            self._wrapper.set_max_norm(max_norm)
+
+    def _measure(self, steps: int) -> Measured:
+        leaves, wrapper = self._leaves, self._wrapper
+        factors = torch.stack(leaves.factors)
+        weights = factors / factors.sum()
+        scale_sq = wrapper.loss_scale**2
+        small = torch.stack(leaves.norms) / weights.square()[:, None] / scale_sq
+        big = squared_norms(wrapper.mean(), self._device) / scale_sq
+        if not self._sees_each(steps):
+            big = big * torch.nan
+        samples = weights.new_tensor(self._adaptation.window_samples(steps))
+        used = weights * small.sum(1).isfinite()
+        return Measured(small, big, samples, used, None)
+
+    def _sees_each(self, steps: int) -> bool:
+        """Whether each micro-batch was read in one backward of its own."""
+        engine = self._engine
+        if self._leaves.strays:
+            self._tell(
+                "a backward ran outside of engine.backward(loss): windows with one are not "
+                "measured; call engine.backward"
+            )
+            return False
+        if self._loop_owns_windows or steps == engine.micro_steps + 1:
+            return True
+        self._tell(
+            f"{steps} backward passes in {engine.micro_steps + 1} calls of engine.step(): such "
+            "windows are not measured; add the losses up and call engine.backward once for each"
+        )
+        return False
+
+    def _check_passes(self, steps: int) -> None:
+        engine = self._engine
+        stage = int(engine.zero_optimization_stage())
+        if self._loop_owns_windows or stage not in KEEPS_LAST_ONLY:
+            return
+        if steps > engine.gradient_accumulation_steps():
+            raise RuntimeError(
+                f"{steps} backward passes in {engine.micro_steps + 1} calls of engine.step(): at "
+                f"ZeRO stage {stage} DeepSpeed keeps only the last gradient of a step; call "
+                "engine.step() after each engine.backward(), or use coalesce_grad_reduction()"
+            )
+
+    @contextmanager
+    def _lent_rates(self, steps: int) -> Iterator[list[dict[str, float]]]:
+        """Put the adapted rates into the groups for an update; yields the moments' numbers."""
+        groups, wrapper = self._wrapper.param_groups, self._wrapper
+        numbers = [dict(each) for each in self._second_moments]
+        rates, least = self._adaptation.rates(steps), self.config.min_beta2
+        decoupled = wrapper.decouples_weight_decay
+        values = [
+            scaled_values(group, each, rates, least, decoupled)
+            for group, each in zip(groups, numbers, strict=True)
+        ]
+        with overridden(groups, values):
+            yield numbers
+
+    def _tick(self, steps: int) -> None:
+        """Advance the engine's scheduler by as many updates as the window stands for."""
+        scheduler = self._engine.lr_scheduler
+        if self._settings.schedule == "updates":
+            ticks = 1
+        else:
+            ticks, self._since_tick = divmod(self._since_tick + steps, self._first_steps)
+        for _ in range(ticks if scheduler is not None else 0):
+            scheduler.step()
+
+    # ------------------------------------------------------------------ ranks and words
+
+    def _start(self) -> None:
+        self._started = True
+        shapes = [[(_shape(p), p.dtype) for p in params] for params in self._groups]
+        facts = {"digest of the parameters' shapes and types": digest(shapes)}
+        self._adaptation.compare(facts)
+        num_params = sum(map(len, self._groups))
+        if self._engine.global_rank == 0:
+            logger.info("%s", self._adaptation.describe(num_params, len(self._groups)))
+            logger.info(
+                "noise: clipping at most at %s, which is the config's gradient_clipping (1.0 where "
+                "it says nothing)",
+                self.config.max_norm,
+            )
+
+    def _hyper_parameters(self) -> dict[str, object]:
+        return {
+            f"{name} of group {index}": value
+            for index, group in enumerate(self._wrapper.param_groups)
+            for name, value in group.items()
+            if isinstance(value, int | float | tuple)
+        }
+
+    def _user_lr(self) -> float:
+        return max(float(group["lr"]) for group in self._wrapper.param_groups)
+
+    def _warn_of_schedule(self) -> None:
+        if self._settings.schedule == "updates" and self._engine.lr_scheduler is not None:
+            self._tell(
+                f"the window is now {self.accumulation_steps} micro-batches, and the learning "
+                "rate's schedule counts updates: it stretches; say "
+                '"noise_aware": {"schedule": "samples"} to have it follow the samples'
+            )
+
+    def _tell(self, text: str) -> None:
+        """Warn once, on one rank."""
+        key = text[:20]
+        if key not in self._told and self._engine.global_rank == 0:
+            logger.warning("%s", text)
+        self._told.add(key)
+
+    def _write_events(self, decision: Decision) -> None:
+        """Send a decision to wandb, TensorBoard and CSV files, as far as the config opens them."""
+        samples = self._engine.global_samples
+        events = [(name, value, samples) for name, value in metrics(decision).items()]
+        self._engine.monitor.write_events(events)
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as plain numbers. An open window is left behind, and counted."""
+        return {
+            "numbers": self._adaptation.to_numbers(dropped=len(self._leaves)),
+            "second_moments": [dict(each) for each in self._second_moments],
+            "since_tick": self._since_tick,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state, and give the engine its window and clipping threshold.
+
+        Raises:
+            ValueError: it is of another version or number of groups; nothing is changed then.
+        """
+        numbers: dict[str, Number] = state["numbers"]
+        self._adaptation.load_numbers(numbers)
+        self._second_moments = [dict(each) for each in state["second_moments"]]
+        self._since_tick = int(state["since_tick"])
+        self._start_anew()
+
+    def restart(self) -> None:
+        """Begin as on the first day, as after loading a checkpoint that holds no state of ours."""
+        self._adaptation.restart()
+        self._second_moments = self._wrapper.second_moments()
+        self._since_tick = 0
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._leaves.clear()
+        self._started = False
+        # What the checkpoint has brought back of the engine's own may differ from ours.
+        self._lent_norm = (
+            self._adaptation.max_norm if self._adaptation.acts else self.config.max_norm
+        )
+        self._wrapper.set_max_norm(self._lent_norm)
+        self._ended = True
+        self.open_window()
+
+
+def _shape(param: Any) -> tuple[int, ...]:
+    """The shape of a parameter, also of one that ZeRO-3 has taken apart."""
+    return tuple(getattr(param, "ds_shape", param.shape))

@@ -1,0 +1,331 @@
+"""The "noise_aware" section of a DeepSpeed config: read, checked, and held against the rest of it.
+
+What is not measured rightly yet is refused here, before anything is built.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from noiseopt.control import RATE_RULES, NoiseConfig
+from noiseopt.optim import NoiseAware
+
+SECTION = "noise_aware"
+SCHEDULES = ("samples", "updates")
+
+# What DeepSpeed's own keys say, or what its engine always does.
+_ELSEWHERE = {
+    "accumulation": "the engine accumulates: leave it out",
+    "accumulation_steps": "set gradient_accumulation_steps, which is the first window's length",
+    "gradients": "the engine averages gradients over ranks: leave it out",
+    "loss_reduction": "the engine divides the loss: leave it out",
+    "max_norm": "set gradient_clipping, which stays the ceiling of the clipping threshold",
+    "skip_nonfinite": "the engine skips every update that is not finite: leave it out",
+}
+_OWN = ("enabled", "rate_rule", "schedule")
+_KEYS = tuple(item.name for item in fields(NoiseConfig) if item.name not in _ELSEWHERE)
+
+# DeepSpeed's AdamW without a compiled kernel is torch's own.
+_TORCH_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
+    "noiseawareadamw": ("adamw", {"torch_adam": True}),
+    "noiseawareadam": ("adam", {"torch_adam": True, "adam_w_mode": False}),
+    "noiseawaresgd": ("SGD", {}),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the section and the rest of the config say.
+
+    Attributes:
+        config: how to measure and decide.
+        rate_rule: "adam" or "sgd"; None to choose by the optimizer's class.
+        schedule: what a step of the engine's learning-rate scheduler stands for: "samples" (the
+            micro-batches of the config's gradient_accumulation_steps, however windows change) or
+            "updates".
+    """
+
+    config: NoiseConfig
+    rate_rule: str | None
+    schedule: str
+
+
+def read_section(config: Any) -> Settings | None:
+    """Read the section of a `DeepSpeedConfig`.
+
+    Returns:
+        None where the config does not ask for it.
+
+    Raises:
+        TypeError: a value is of the wrong type.
+        ValueError: a key is unknown, a value out of range, or the config asks for something that is
+            not measured rightly yet; names the key and what to do.
+    """
+    whole: Mapping[str, Any] = config._param_dict
+    section = whole.get(SECTION, {} if _names_ours(config) else None)
+    if section is None:
+        return None
+    if not isinstance(section, Mapping):
+        raise TypeError(
+            f'"{SECTION}" is {section!r}: it must be an object, such as {{"mode": "auto"}}'
+        )
+    if not _bool(section, "enabled", True) or section.get("mode") == "off":
+        return None
+    _check_keys(section)
+    for refusal in _REFUSALS:
+        if refusal.applies(config):
+            raise ValueError(f'"{refusal.key}" with "{SECTION}": {refusal.remedy}')
+    return Settings(_noise_config(section, config), _rule(section), _schedule(section))
+
+
+def translate_optimizer(config: Any) -> None:
+    """Put torch's optimizer into a `DeepSpeedConfig` that names one of ours.
+
+    The engine measures and decides, so what is left of it is the update. Where the update is
+    offloaded, DeepSpeed's own CPU kernel makes it.
+
+    Raises:
+        ValueError: it is not one that a config may name, or `noise` is among its parameters.
+    """
+    if not _names_ours(config):
+        return
+    name = config.optimizer_name
+    if name.lower() not in _TORCH_NAMES:
+        raise ValueError(
+            f'"optimizer.type" is {name!r}: with DeepSpeed it may be NoiseAwareAdamW, '
+            "NoiseAwareAdam or NoiseAwareSGD"
+        )
+    params = dict(config.optimizer_params or {})
+    if "noise" in params:
+        raise ValueError(f'"optimizer.params.noise": put it into the section "{SECTION}"')
+    config.optimizer_name, extra = _TORCH_NAMES[name.lower()]
+    if _offloads(config):
+        extra = {key: value for key, value in extra.items() if key != "torch_adam"}
+    config.optimizer_params = params | extra
+
+
+def refuse_optimizer(optimizer: Any) -> None:
+    """Refuse an optimizer of the user's own that the engine cannot measure for.
+
+    Raises:
+        TypeError: it measures by itself, or changes gradients into something else.
+    """
+    name = type(optimizer).__name__
+    if isinstance(optimizer, NoiseAware) and optimizer.config.mode != "off":
+        raise TypeError(
+            f'optimizer= is a {name}, which measures by itself, and "{SECTION}" has the engine '
+            "measure: pass the torch optimizer, or noise='off'"
+        )
+    if "muon" in name.lower() or "onebit" in name.lower() or name == "ZeroOneAdam":
+        raise TypeError(f'optimizer= is a {name}, with which "{SECTION}" is not right yet')
+
+
+def _names_ours(config: Any) -> bool:
+    name = config.optimizer_name
+    return isinstance(name, str) and name.lower().startswith("noiseaware")
+
+
+def _check_keys(section: Mapping[str, Any]) -> None:
+    for key in section:
+        if key in _ELSEWHERE:
+            raise ValueError(f'"{SECTION}.{key}" is said elsewhere: {_ELSEWHERE[key]}')
+        if key not in _KEYS + _OWN:
+            near = difflib.get_close_matches(key, _KEYS + _OWN, 1, 0.5)
+            hint = f'did you mean "{near[0]}"?' if near else f"known are {', '.join(_KEYS + _OWN)}"
+            raise ValueError(f'"{SECTION}.{key}" is unknown: {hint}')
+
+
+def _noise_config(section: Mapping[str, Any], config: Any) -> NoiseConfig:
+    values = {key: value for key, value in section.items() if key in _KEYS}
+    values.setdefault("samples_per_micro_batch", config.train_micro_batch_size_per_gpu)
+    ceiling = float(config.gradient_clipping)
+    try:
+        return NoiseConfig(
+            **values,
+            accumulation="external",
+            accumulation_steps=config.gradient_accumulation_steps,
+            max_norm=ceiling if ceiling > 0 else math.inf,
+        )
+    except (TypeError, ValueError) as error:
+        text = str(error)
+        for ours, theirs in (
+            ("NoiseConfig.accumulation_steps", '"gradient_accumulation_steps"'),
+            ("NoiseConfig.", f"{SECTION}."),
+        ):
+            text = text.replace(ours, theirs)
+        raise type(error)(f"in the DeepSpeed config, {text}") from error
+
+
+def _rule(section: Mapping[str, Any]) -> str | None:
+    rule = section.get("rate_rule")
+    if rule is not None and rule not in RATE_RULES:
+        raise ValueError(f'"{SECTION}.rate_rule" is {rule!r}: it must be one of {list(RATE_RULES)}')
+    return rule
+
+
+def _schedule(section: Mapping[str, Any]) -> str:
+    schedule = section.get("schedule", SCHEDULES[0])
+    if schedule not in SCHEDULES:
+        raise ValueError(
+            f'"{SECTION}.schedule" is {schedule!r}: it must be one of {list(SCHEDULES)}'
+        )
+    return str(schedule)
+
+
+def _bool(section: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = section.get(key, default)
+    if not isinstance(value, bool):
+        raise TypeError(f'"{SECTION}.{key}" is {value!r}: it must be true or false')
+    return value
+
+
+def _offloads(config: Any) -> bool:
+    offload = config.zero_config.offload_optimizer
+    return offload is not None and _device(offload) != "none"
+
+
+def _device(offload: Any) -> str:
+    return str(getattr(offload.device, "value", offload.device))
+
+
+# ------------------------------------------------------------------ what is refused
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    key: str
+    applies: Callable[[Any], bool]
+    remedy: str
+
+
+def _said(*path: str) -> Callable[[Any], bool]:
+    """Whether the config's own text says something, other than no, under a key."""
+
+    def applies(config: Any) -> bool:
+        value: Any = config._param_dict
+        for key in path:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return bool(value.get("enabled", True) if isinstance(value, Mapping) else value)
+
+    return applies
+
+
+def _size(*path: str) -> Callable[[Any], bool]:
+    """Whether a number of ranks is said that is above one."""
+
+    def applies(config: Any) -> bool:
+        value: Any = config._param_dict
+        for key in path:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return isinstance(value, int) and value > 1
+
+    return applies
+
+
+def _is_onebit(config: Any) -> bool:
+    return str(config.optimizer_name).lower() in ("onebitadam", "zerooneadam", "onebitlamb")
+
+
+def _is_muon(config: Any) -> bool:
+    return str(config.optimizer_name).lower() in ("muon", "noiseawaremuon")
+
+
+def _on_nvme(config: Any) -> bool:
+    zero = config.zero_config
+    devices = [
+        getattr(part, "device", None) for part in (zero.offload_optimizer, zero.offload_param)
+    ]
+    return any(str(getattr(device, "value", device)) == "nvme" for device in devices)
+
+
+def _keeps_overflow(config: Any) -> bool:
+    bf16 = config.bfloat16_config
+    return bool(bf16.enabled and not bf16.check_grad_overflow)
+
+
+def _autocasts_to_fp16(config: Any) -> bool:
+    return bool(config.torch_autocast_enabled and config.torch_autocast_dtype == torch.float16)
+
+
+_NOT_YET = "is not measured rightly yet; leave one of the two out"
+_ZERO = "zero_optimization"
+_REFUSALS = (
+    _Refusal(
+        f"{_ZERO}.zenflow",
+        _said(_ZERO, "zenflow"),
+        "ZenFlow decides on accumulation by itself; leave one of the two out",
+    ),
+    _Refusal(
+        f"{_ZERO}.offload_optimizer.super_offload",
+        _said(_ZERO, "offload_optimizer", "super_offload"),
+        "SuperOffload updates while gradients still come; set it to false",
+    ),
+    _Refusal(
+        f"{_ZERO}.compute_grad_norm",
+        lambda config: not config.zero_config.compute_grad_norm,
+        "without the norm neither clipping nor the skipping of what is not finite works; "
+        "set it to true",
+    ),
+    _Refusal(
+        f"{_ZERO}.zero_quantized_gradients",
+        _said(_ZERO, "zero_quantized_gradients"),
+        "quantised communication biases the mean gradient's norm; set it to false",
+    ),
+    _Refusal(
+        f"{_ZERO}.offload_optimizer.device",
+        _on_nvme,
+        'offload to "nvme" ' + _NOT_YET,
+    ),
+    _Refusal(
+        "optimizer.type",
+        _is_onebit,
+        "compressed communication biases the mean gradient's norm; use AdamW",
+    ),
+    _Refusal(
+        "optimizer.type",
+        _is_muon,
+        "DeepSpeed's Muon leaves no plain mean gradient to measure; use AdamW",
+    ),
+    _Refusal(
+        "gradient_allreduce_op",
+        lambda config: config.gradient_allreduce_op != "mean",
+        'ranks must average their gradients; set it to "mean"',
+    ),
+    _Refusal(
+        "bf16.check_grad_overflow",
+        _keeps_overflow,
+        "an update that is not finite would be applied; set it to true",
+    ),
+    _Refusal(
+        "torch_autocast.dtype",
+        _autocasts_to_fp16,
+        'torch\'s loss scale is not followed; use "bfloat16", or the section "fp16"',
+    ),
+    _Refusal(
+        "elasticity",
+        _said("elasticity"),
+        "both decide on the batch; leave one of the two out",
+    ),
+    _Refusal(
+        "data_efficiency.data_sampling",
+        _said("data_efficiency", "data_sampling"),
+        "it plans its samples for a batch that does not change; leave one of the two out",
+    ),
+    _Refusal("hybrid_engine", _said("hybrid_engine"), "the hybrid engine " + _NOT_YET),
+    _Refusal("compile.deepcompile", _said("compile", "deepcompile"), "DeepCompile " + _NOT_YET),
+    _Refusal(
+        "tensor_parallel.autotp_size",
+        _size("tensor_parallel", "autotp_size"),
+        "tensor parallelism " + _NOT_YET,
+    ),
+    _Refusal(
+        "sequence_parallel_size",
+        _size("sequence_parallel_size"),
+        "sequence parallelism " + _NOT_YET,
+    ),
+    _Refusal("expert_parallel", _said("expert_parallel"), "expert parallelism " + _NOT_YET),
+)

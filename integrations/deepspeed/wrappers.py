@@ -1,0 +1,182 @@
+"""DeepSpeed's optimizer wrappers: where each keeps parameters, mean gradients, scale and clipping.
+
+Sources: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py,
+runtime/bf16_optimizer.py, runtime/fp16/{fused,unfused}_optimizer.py; tested for each of them.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from noiseopt.optim.hyper import EXCESS, UPDATES, decouples_weight_decay, start_numbers
+
+Groups = list[list[Tensor]]
+
+
+class Wrapper:
+    """An engine's optimizer without ZeRO: every rank holds the whole mean in `param.grad`.
+
+    Between the backward that ends a window and the update, that is: averaged over ranks, not yet
+    clipped, and still multiplied by the loss scale.
+
+    Args:
+        engine: the engine.
+
+    Attributes:
+        sharded: whether each rank holds but a part of the mean.
+        skips: whether it skips an update that is not finite by itself.
+    """
+
+    sharded = False
+    skips = True
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self.optimizer = engine.optimizer
+        self.basic: Optimizer = engine.basic_optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups with the hyper-parameters that the next update uses."""
+        return self.basic.param_groups
+
+    def params(self) -> Groups:
+        """The model's own parameters in each group."""
+        return [list(group) for group in self.optimizer.fp16_groups]
+
+    def mean(self) -> Groups:
+        """The parts of the mean gradient that this rank holds, in each group."""
+        return [[grad for p in group if (grad := p.grad) is not None] for group in self.params()]
+
+    @property
+    def loss_scale(self) -> float:
+        """What the mean is still to be divided by."""
+        return float(getattr(self.optimizer, "loss_scale", 1.0))
+
+    def set_max_norm(self, max_norm: float) -> None:
+        """Clip from the next update on at this norm; never, if it is infinite."""
+        clip = 0.0 if max_norm == torch.inf else max_norm
+        # Without a wrapper the engine reads its config, and every wrapper what it was built with.
+        self._engine._config.gradient_clipping = clip
+        if hasattr(self.optimizer, "clip_grad"):
+            self.optimizer.clip_grad = clip
+
+    @property
+    def decouples_weight_decay(self) -> bool:
+        """Whether weight decay is decoupled from the gradient."""
+        mode = getattr(self.basic, "adam_w_mode", None)
+        return decouples_weight_decay(type(self.basic)) if mode is None else bool(mode)
+
+    def second_moments(self) -> list[dict[str, float]]:
+        """The numbers of each group's second moment as it is; see `noiseopt.optim.hyper`."""
+        return [self._second_moment(group) for group in self.basic.param_groups]
+
+    def _second_moment(self, group: dict[str, Any]) -> dict[str, float]:
+        if not isinstance(self.basic, FusedAdam | DeepSpeedCPUAdam):
+            return start_numbers(self.basic, group)
+        if not group.get("bias_correction", True):
+            return {}
+        states = [self.basic.state[p] for p in group["params"] if p in self.basic.state]
+        steps = [state.get("step", 0) for state in states]
+        return {UPDATES: int(max([group.get("step", 0), *steps])), EXCESS: 0.0}
+
+
+class PlainWrapper(Wrapper):
+    """Stage 0 in fp32: the optimizer itself, which applies whatever it gets."""
+
+    skips = False
+
+    def params(self) -> Groups:
+        """The model's own parameters in each group."""
+        return [list(group["params"]) for group in self.basic.param_groups]
+
+
+class ShardedWrapper(Wrapper):
+    """ZeRO stages 1 and 2."""
+
+    sharded = True
+
+    def params(self) -> Groups:
+        """The model's own parameters in each group."""
+        return [list(group) for group in self.optimizer.bit16_groups]
+
+    def mean(self) -> Groups:
+        """The parts of the mean gradient that this rank holds, in each group."""
+        if self.optimizer.cpu_offload:
+            return [_held([flat.grad]) for flat in self.optimizer.single_partition_of_fp32_groups]
+        averaged = self.optimizer.averaged_gradients
+        return [_held(averaged.get(index)) for index in range(len(self.optimizer.bit16_groups))]
+
+
+class Stage3Wrapper(Wrapper):
+    """ZeRO stage 3, whose groups are split into sub-groups."""
+
+    sharded = True
+
+    def params(self) -> Groups:
+        """The model's own parameters in each group."""
+        return self._by_group(self.optimizer.fp16_groups)
+
+    def mean(self) -> Groups:
+        """The parts of the mean gradient that this rank holds, in each group."""
+        optimizer = self.optimizer
+        if optimizer.offload_optimizer:
+            return self._by_group([[flat.grad] for flat in optimizer.fp32_partitioned_groups_flat])
+        averaged = optimizer.averaged_gradients
+        return self._by_group([averaged.get(index) for index in range(len(optimizer.fp16_groups))])
+
+    def _by_group(self, of_subgroups: Iterable[Iterable[Tensor | None] | None]) -> Groups:
+        groups: Groups = [[] for _ in self.basic.param_groups]
+        for index, tensors in enumerate(of_subgroups):
+            groups[self.optimizer.sub_group_to_group_id[index]] += _held(tensors)
+        return groups
+
+
+class Bf16Wrapper(Wrapper):
+    """Stage 1 in bf16 with fp32 accumulation."""
+
+    sharded = True
+
+    def params(self) -> Groups:
+        """The model's own parameters in each group."""
+        return [list(group) for group in self.optimizer.bf16_groups]
+
+    def mean(self) -> Groups:
+        """The parts of the mean gradient that this rank holds, in each group."""
+        return [[part] for part in self.optimizer.fp32_groups_gradient_flat_partition]
+
+
+def wrapper_of(engine: Any) -> Wrapper:
+    """The wrapper of an engine's optimizer.
+
+    Raises:
+        ValueError: there is no optimizer, or one that is not known here.
+    """
+    optimizer = engine.optimizer
+    if optimizer is engine.basic_optimizer and isinstance(optimizer, Optimizer):
+        return PlainWrapper(engine)
+    kinds: tuple[tuple[type, type[Wrapper]], ...] = (
+        (BF16_Optimizer, Bf16Wrapper),
+        (DeepSpeedZeroOptimizer_Stage3, Stage3Wrapper),
+        (DeepSpeedZeroOptimizer, ShardedWrapper),
+    )
+    for kind, wrapper in kinds:
+        if isinstance(optimizer, kind):
+            return wrapper(engine)
+    if engine.basic_optimizer is not None and hasattr(optimizer, "fp16_groups"):
+        return Wrapper(engine)
+    raise ValueError(
+        f"the engine's optimizer is of type {type(optimizer).__name__}, which cannot be measured: "
+        'give the config an "optimizer", or pass optimizer='
+    )
+
+
+def _held(tensors: Iterable[Tensor | None] | None) -> list[Tensor]:
+    return [tensor for tensor in tensors or () if tensor is not None]
