@@ -135,7 +135,7 @@ class NoiseAwareEngine(DeepSpeedEngine):  # type: ignore[misc]
 def refusing(engine_class: type[Any]) -> type[Any]:
     """An engine class that refuses a config with the section instead of passing it over."""
 
-    class Refusing(engine_class):
+    class Refusing(engine_class):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             if read_section(kwargs["config_class"]) is not None:
                 raise ValueError(
