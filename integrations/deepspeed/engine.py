@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from deepspeed.runtime.engine import DeepSpeedEngine
+from torch.optim import Optimizer
 
 from noiseopt.integrations.deepspeed.noise import EngineNoise
 from noiseopt.integrations.deepspeed.section import (
@@ -28,14 +29,23 @@ class NoiseAwareEngine(DeepSpeedEngine):  # type: ignore[misc]
         config = kwargs["config_class"]
         settings = read_section(config)
         if settings is not None:
-            refuse_optimizer(kwargs.get("optimizer"))
+            kwargs["optimizer"] = _checked(kwargs.get("optimizer"))
             _refuse_parallel_model(kwargs.get("mpu"))
         translate_optimizer(config)
         super().__init__(*args, **kwargs)
         if settings is not None:
-            if self.has_moe_layers:
-                raise ValueError(f'experts with "{SECTION}" are not measured rightly yet')
+            self._refuse_what_was_built()
             self.noise_aware = EngineNoise(self, settings)
+
+    def _refuse_what_was_built(self) -> None:
+        """Refuse what only shows when the engine is there."""
+        if self.has_moe_layers:
+            raise ValueError(f'experts with "{SECTION}" are not measured rightly yet')
+        if self.sequence_parallel_size > 1:
+            raise ValueError(
+                f"sequences are spread over {self.sequence_parallel_size} ranks, which with "
+                f'"{SECTION}" is not measured rightly yet: leave out one of the two'
+            )
 
     def backward(self, loss: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a micro-batch's backward, and read its gradient's norm."""
@@ -142,9 +152,25 @@ def refusing(engine_class: type[Any]) -> type[Any]:
                     f'"{SECTION}" with a {engine_class.__name__} is not measured rightly yet: '
                     "leave the section out, or use a plain engine"
                 )
+            translate_optimizer(kwargs["config_class"])
             super().__init__(*args, **kwargs)
 
+    Refusing.__name__, Refusing.__qualname__ = engine_class.__name__, engine_class.__qualname__
     return Refusing
+
+
+def _checked(optimizer: Any) -> Any:
+    """An optimizer, or what will make one, if it is not to be refused."""
+    if optimizer is None or isinstance(optimizer, Optimizer):
+        refuse_optimizer(optimizer)
+        return optimizer
+
+    def make(params: Any) -> Any:
+        made = optimizer(params)
+        refuse_optimizer(made)
+        return made
+
+    return make
 
 
 def _refuse_parallel_model(mpu: Any) -> None:

@@ -14,7 +14,7 @@ from noiseopt.control import Decision, NoiseConfig, metrics
 from noiseopt.distributed import Ranks, digest
 from noiseopt.integrations.deepspeed.leaves import LeafNorms
 from noiseopt.integrations.deepspeed.section import Settings
-from noiseopt.integrations.deepspeed.wrappers import wrapper_of
+from noiseopt.integrations.deepspeed.wrappers import PlainWrapper, wrapper_of
 from noiseopt.optim.hyper import overridden, scaled_values
 from noiseopt.readings import NoiseReadings
 
@@ -119,8 +119,9 @@ class EngineNoise(NoiseReadings):
         self._loop_owns_windows = True
         self._adaptation.keep_window()
         self._tell(
+            "the loop's windows",
             f"{why}: the loop says where windows end, so they stay at {self._first_steps} "
-            "micro-batches; learning rate and clipping adapt"
+            "micro-batches; learning rate and clipping adapt",
         )
 
     @contextmanager
@@ -139,30 +140,43 @@ class EngineNoise(NoiseReadings):
             self._start()
         measured = self._measure(steps)
         row = self._adaptation.agree(measured, at_once=False)
-        norm = float("nan") if self._wrapper.skips else measured.big_norms.sum().sqrt().item()
-        withheld = not self._wrapper.skips and not norm < torch.inf
-        if withheld:
-            self._engine.zero_grad()
         lr = self._user_lr()
-        scheduler, self._engine.lr_scheduler = self._engine.lr_scheduler, None
-        try:
-            with self._lent_rates(steps) as numbers:
-                yield
-        finally:
-            self._engine.lr_scheduler = scheduler
-        if withheld:
-            self._engine._step_applied = False
-            self._engine.skipped_steps += 1
+        with self._unscheduled(), self._lent_rates(steps) as numbers, self._finite(measured):
+            yield
         applied = self._engine.was_step_applied()
         if applied:
             self._second_moments = numbers
             self._tick(steps)
-        if self._wrapper.skips:
-            norm = self._engine.get_global_grad_norm()
-        end_row(row, applied, applied and bool(norm > self._lent_norm))
+        end_row(row, applied, applied and self._norm(measured) > self._lent_norm)
         self._leaves.clear()
         self._ended = True
         self._adaptation.close_window(row, lambda: lr)
+
+    @contextmanager
+    def _unscheduled(self) -> Iterator[None]:
+        """Keep the scheduler from the engine for an update: how far it advances is said here."""
+        engine = self._engine
+        scheduler, engine.lr_scheduler = engine.lr_scheduler, None
+        try:
+            yield
+        finally:
+            engine.lr_scheduler = scheduler
+
+    @contextmanager
+    def _finite(self, measured: Measured) -> Iterator[None]:
+        """Withhold a mean that is not finite from an optimizer that would apply it."""
+        wrapper = self._wrapper
+        if isinstance(wrapper, PlainWrapper) and not self._norm(measured) < torch.inf:
+            with wrapper.withheld():
+                yield
+        else:
+            yield
+
+    def _norm(self, measured: Measured) -> float:
+        """The norm of the mean, before it is clipped; all ranks' after the update."""
+        if isinstance(self._wrapper, PlainWrapper):
+            return measured.big_norms.sum().sqrt().item()
+        return float(self._engine.get_global_grad_norm())
 
     def open_window(self) -> None:
         """After a step: give the engine the next window, exactly as long as was decided."""
@@ -206,15 +220,17 @@ class EngineNoise(NoiseReadings):
         engine = self._engine
         if self._leaves.strays:
             self._tell(
+                "strays",
                 "a backward ran outside of engine.backward(loss): windows with one are not "
-                "measured; call engine.backward"
+                "measured; call engine.backward",
             )
             return False
         if self._loop_owns_windows or steps == engine.micro_steps + 1:
             return True
         self._tell(
+            "passes",
             f"{steps} backward passes in {engine.micro_steps + 1} calls of engine.step(): such "
-            "windows are not measured; add the losses up and call engine.backward once for each"
+            "windows are not measured; add the losses up and call engine.backward once for each",
         )
         return False
 
@@ -284,17 +300,17 @@ class EngineNoise(NoiseReadings):
     def _warn_of_schedule(self) -> None:
         if self._settings.schedule == "updates" and self._engine.lr_scheduler is not None:
             self._tell(
+                "the schedule",
                 f"the window is now {self.accumulation_steps} micro-batches, and the learning "
                 "rate's schedule counts updates: it stretches; say "
-                '"noise_aware": {"schedule": "samples"} to have it follow the samples'
+                '"noise_aware": {"schedule": "samples"} to have it follow the samples',
             )
 
-    def _tell(self, text: str) -> None:
-        """Warn once, on one rank."""
-        key = text[:20]
-        if key not in self._told and self._engine.global_rank == 0:
+    def _tell(self, of: str, text: str) -> None:
+        """Warn on one rank, and of each thing once."""
+        if of not in self._told and self._engine.global_rank == 0:
             logger.warning("%s", text)
-        self._told.add(key)
+        self._told.add(of)
 
     def _write_events(self, decision: Decision) -> None:
         """Send a decision to wandb, TensorBoard and CSV files, as far as the config opens them."""

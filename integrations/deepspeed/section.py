@@ -66,9 +66,10 @@ def read_section(config: Any) -> Settings | None:
             not measured rightly yet; names the key and what to do.
     """
     whole: Mapping[str, Any] = config._param_dict
-    section = whole.get(SECTION, {} if _names_ours(config) else None)
-    if section is None:
+    _check_name(whole)
+    if SECTION not in whole and not _names_ours(config):
         return None
+    section = whole.get(SECTION, {})
     if not isinstance(section, Mapping):
         raise TypeError(
             f'"{SECTION}" is {section!r}: it must be an object, such as {{"mode": "auto"}}'
@@ -129,12 +130,23 @@ def _names_ours(config: Any) -> bool:
     return isinstance(name, str) and name.lower().startswith("noiseaware")
 
 
+def _check_name(whole: Mapping[str, Any]) -> None:
+    """Refuse a misspelt section, which DeepSpeed would pass over."""
+    plain = SECTION.replace("_", "")
+    for key in whole:
+        letters = "".join(filter(str.isalpha, str(key).lower()))
+        if key != SECTION and difflib.get_close_matches(letters, [plain], 1, 0.8):
+            raise ValueError(
+                f'"{key}" in the DeepSpeed config is unknown: did you mean "{SECTION}"?'
+            )
+
+
 def _check_keys(section: Mapping[str, Any]) -> None:
     for key in section:
         if key in _ELSEWHERE:
             raise ValueError(f'"{SECTION}.{key}" is said elsewhere: {_ELSEWHERE[key]}')
         if key not in _KEYS + _OWN:
-            near = difflib.get_close_matches(key, _KEYS + _OWN, 1, 0.5)
+            near = difflib.get_close_matches(str(key), _KEYS + _OWN, 1, 0.5)
             hint = f'did you mean "{near[0]}"?' if near else f"known are {', '.join(_KEYS + _OWN)}"
             raise ValueError(f'"{SECTION}.{key}" is unknown: {hint}')
 
@@ -142,12 +154,15 @@ def _check_keys(section: Mapping[str, Any]) -> None:
 def _noise_config(section: Mapping[str, Any], config: Any) -> NoiseConfig:
     values = {key: value for key, value in section.items() if key in _KEYS}
     values.setdefault("samples_per_micro_batch", config.train_micro_batch_size_per_gpu)
-    ceiling = float(config.gradient_clipping)
+    ceiling, steps = config.gradient_clipping, config.gradient_accumulation_steps
+    if isinstance(ceiling, bool) or not isinstance(ceiling, int | float):
+        raise TypeError(f'"gradient_clipping" is {ceiling!r}: it must be a number, 0 for none')
     try:
         return NoiseConfig(
             **values,
             accumulation="external",
-            accumulation_steps=config.gradient_accumulation_steps,
+            # A float where DeepSpeed has derived it from batch sizes and sequence_parallel_size.
+            accumulation_steps=int(steps) if steps == int(steps) else steps,
             max_norm=ceiling if ceiling > 0 else math.inf,
         )
     except (TypeError, ValueError) as error:
@@ -155,6 +170,8 @@ def _noise_config(section: Mapping[str, Any], config: Any) -> NoiseConfig:
         for ours, theirs in (
             ("NoiseConfig.accumulation_steps", '"gradient_accumulation_steps"'),
             ("NoiseConfig.", f"{SECTION}."),
+            ("from min_", f"from {SECTION}.min_"),
+            ("to max_", f"to {SECTION}.max_"),
         ):
             text = text.replace(ours, theirs)
         raise type(error)(f"in the DeepSpeed config, {text}") from error
@@ -162,7 +179,7 @@ def _noise_config(section: Mapping[str, Any], config: Any) -> NoiseConfig:
 
 def _rule(section: Mapping[str, Any]) -> str | None:
     rule = section.get("rate_rule")
-    if rule is not None and rule not in RATE_RULES:
+    if rule is not None and rule not in list(RATE_RULES):
         raise ValueError(f'"{SECTION}.rate_rule" is {rule!r}: it must be one of {list(RATE_RULES)}')
     return rule
 
@@ -203,13 +220,13 @@ class _Refusal:
 
 
 def _said(*path: str) -> Callable[[Any], bool]:
-    """Whether the config's own text says something, other than no, under a key."""
+    """Whether the config's own text enables something."""
 
     def applies(config: Any) -> bool:
         value: Any = config._param_dict
         for key in path:
             value = value.get(key) if isinstance(value, Mapping) else None
-        return bool(value.get("enabled", True) if isinstance(value, Mapping) else value)
+        return bool(value.get("enabled") if isinstance(value, Mapping) else value)
 
     return applies
 
@@ -234,17 +251,22 @@ def _is_muon(config: Any) -> bool:
     return str(config.optimizer_name).lower() in ("muon", "noiseawaremuon")
 
 
-def _on_nvme(config: Any) -> bool:
-    zero = config.zero_config
-    devices = [
-        getattr(part, "device", None) for part in (zero.offload_optimizer, zero.offload_param)
-    ]
-    return any(str(getattr(device, "value", device)) == "nvme" for device in devices)
+def _on_nvme(part: str) -> Callable[[Any], bool]:
+    def applies(config: Any) -> bool:
+        offload = getattr(config.zero_config, part)
+        return offload is not None and _device(offload) == "nvme"
+
+    return applies
 
 
 def _keeps_overflow(config: Any) -> bool:
     bf16 = config.bfloat16_config
     return bool(bf16.enabled and not bf16.check_grad_overflow)
+
+
+def _plans_samples(config: Any) -> bool:
+    sampling = config.data_efficiency_config["data_sampling"]
+    return bool(config.data_efficiency_enabled and sampling["enabled"])
 
 
 def _autocasts_to_fp16(config: Any) -> bool:
@@ -256,12 +278,12 @@ _ZERO = "zero_optimization"
 _REFUSALS = (
     _Refusal(
         f"{_ZERO}.zenflow",
-        _said(_ZERO, "zenflow"),
+        lambda config: config.zero_config.zenflow is not None,
         "ZenFlow decides on accumulation by itself; leave one of the two out",
     ),
     _Refusal(
         f"{_ZERO}.offload_optimizer.super_offload",
-        _said(_ZERO, "offload_optimizer", "super_offload"),
+        lambda config: getattr(config.zero_config.offload_optimizer, "super_offload", False),
         "SuperOffload updates while gradients still come; set it to false",
     ),
     _Refusal(
@@ -272,13 +294,12 @@ _REFUSALS = (
     ),
     _Refusal(
         f"{_ZERO}.zero_quantized_gradients",
-        _said(_ZERO, "zero_quantized_gradients"),
+        lambda config: config.zero_config.zero_quantized_gradients,
         "quantised communication biases the mean gradient's norm; set it to false",
     ),
-    _Refusal(
-        f"{_ZERO}.offload_optimizer.device",
-        _on_nvme,
-        'offload to "nvme" ' + _NOT_YET,
+    *(
+        _Refusal(f"{_ZERO}.{part}.device", _on_nvme(part), 'offload to "nvme" ' + _NOT_YET)
+        for part in ("offload_optimizer", "offload_param")
     ),
     _Refusal(
         "optimizer.type",
@@ -312,11 +333,15 @@ _REFUSALS = (
     ),
     _Refusal(
         "data_efficiency.data_sampling",
-        _said("data_efficiency", "data_sampling"),
+        _plans_samples,
         "it plans its samples for a batch that does not change; leave one of the two out",
     ),
     _Refusal("hybrid_engine", _said("hybrid_engine"), "the hybrid engine " + _NOT_YET),
-    _Refusal("compile.deepcompile", _said("compile", "deepcompile"), "DeepCompile " + _NOT_YET),
+    _Refusal(
+        "compile.deepcompile",
+        lambda config: config.compile_config.deepcompile,
+        "DeepCompile " + _NOT_YET,
+    ),
     _Refusal(
         "tensor_parallel.autotp_size",
         _size("tensor_parallel", "autotp_size"),

@@ -4,7 +4,8 @@ Sources: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py
 runtime/bf16_optimizer.py, runtime/fp16/{fused,unfused}_optimizer.py; tested for each of them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,11 +32,9 @@ class Wrapper:
 
     Attributes:
         sharded: whether each rank holds but a part of the mean.
-        skips: whether it skips an update that is not finite by itself.
     """
 
     sharded = False
-    skips = True
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
@@ -91,11 +90,22 @@ class Wrapper:
 class PlainWrapper(Wrapper):
     """Stage 0 in fp32: the optimizer itself, which applies whatever it gets."""
 
-    skips = False
-
     def params(self) -> Groups:
         """The model's own parameters in each group."""
         return [list(group["params"]) for group in self.basic.param_groups]
+
+    @contextmanager
+    def withheld(self) -> Iterator[None]:
+        """Have the engine's update find no gradient, and say afterwards that it was skipped."""
+        engine = self._engine
+        engine.zero_grad()
+        clip, engine._config.gradient_clipping = engine._config.gradient_clipping, 0.0
+        try:
+            yield
+        finally:
+            engine._config.gradient_clipping = clip
+        engine._step_applied = False
+        engine.skipped_steps += 1
 
 
 class ShardedWrapper(Wrapper):

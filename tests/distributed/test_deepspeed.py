@@ -1,0 +1,345 @@
+"""DeepSpeed on two real ranks: what is measured, how windows change, and what the weights become.
+
+The oracle is plain PyTorch in one process, which takes all ranks' micro-batches.
+"""
+
+import functools
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import AdamW
+from torch.utils.checkpoint import checkpoint
+
+from tests.distributed import engines
+from tests.distributed.engines import GROWING, batches_of, config_of, engine_of, merged, run
+from tests.distributed.ranks import RANKS, result, run_on_ranks
+from tests.optim.helpers import build, loss_of
+
+pytestmark = pytest.mark.distributed
+
+FIRST, PLAN = 2, (3, 1, 4, 2)
+LENGTHS = [FIRST, *PLAN]
+STAGES = (0, 1, 2, 3)
+CONSTANT = 1e-9  # a rate that leaves the weights where they are
+NAN_AT, ADAPTIVE = 4, 440
+TO_CPU = {"device": "cpu"}
+OFFLOAD = {"zero_optimization": {"offload_optimizer": TO_CPU}, "zero_force_ds_cpu_optimizer": False}
+
+
+def wide():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 3))
+
+
+class Tied(nn.Module):
+    """Two layers that share a weight, a frozen one, and one that is never used."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.frozen, self.second = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.last, self.unused = nn.Linear(6, 3), nn.Linear(2, 2)
+        self.second.weight = self.first.weight
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x):
+        return self.last(self.second(torch.tanh(self.frozen(self.first(x)))))
+
+
+class Checkpointed(nn.Module):
+    """A model whose first layers are computed again in the backward."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.layers, self.reentrant = wide(), reentrant
+
+    def forward(self, x):
+        hidden = checkpoint(self.layers[:2], x.requires_grad_(), use_reentrant=self.reentrant)
+        return self.layers[2](hidden)
+
+
+class UsedTwice(Checkpointed):
+    """A layer that is used inside and outside of a checkpoint."""
+
+    def forward(self, x):
+        return super().forward(x) + self.layers(x)
+
+
+MODELS = {
+    "wide": wide,
+    "tied": Tied,
+    "checkpointed": functools.partial(Checkpointed, False),
+    "reentrant": functools.partial(Checkpointed, True),
+}
+
+
+def windows_of(engine):
+    return [window for decision in engine.noise_aware.decisions for window in decision.windows]
+
+
+def seen(engine, lengths):
+    return {
+        "lengths": lengths,
+        "windows": windows_of(engine),
+        "decisions": engine.noise_aware.decisions,
+        "weights": engines.weights_of(engine),
+        "wrapper": type(engine.optimizer).__name__,
+        "batch": engine.train_batch_size(),
+    }
+
+
+def measured_run(rank, model="wide", client=False, scale=None, plan=PLAN, **settings):
+    engines.set_up(rank)
+    net, optimizer = MODELS[model](), None
+    config = config_of(steps=FIRST, **settings)
+    if client:
+        optimizer = AdamW(engines.groups_of(net), lr=config["optimizer"]["params"]["lr"])
+        config = merged(config, {"optimizer": None, **OFFLOAD})
+    with engine_of(config, net, optimizer) as engine:
+        if scale:
+            engine.optimizer.override_loss_scale(scale)
+        return seen(engine, run(engine, batches_of(sum(LENGTHS), rank), plan))
+
+
+def zero_init_run(rank):
+    deepspeed = engines.set_up(rank)
+    config = config_of(stage=3, steps=FIRST)
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        net = wide()
+    with engine_of(config, net) as engine:
+        return seen(engine, run(engine, batches_of(sum(LENGTHS), rank), PLAN))
+
+
+FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
+FP32 = {f"stage {stage} fp32": {"stage": stage} for stage in STAGES}
+FP32 |= {f"stage {stage} tied": {"stage": stage, "model": "tied"} for stage in STAGES}
+FP32 |= {f"stage {stage} offload": {"stage": stage, "client": True} for stage in (1, 2)}
+FP32 |= {f"stage {stage} scaled": {"stage": stage, "scale": 64.0} for stage in (1, 2, 3)}
+FP32 |= {
+    f"stage {stage} {kind}": {"stage": stage, "model": kind}
+    for stage in STAGES
+    for kind in ("checkpointed", "reentrant")
+}
+BF16 = {f"stage {stage} bf16": {"stage": stage, "bf16": True} for stage in STAGES}
+BF16 |= {f"stage {s} fp32 sums": {"stage": s, "bf16": True, **FP32_SUMS} for s in (1, 2)}
+VARIANTS = FP32 | BF16
+SGD = {
+    "optimizer": {"type": "NoiseAwareSGD", "params": {"lr": 1.0, "weight_decay": 0.0}},
+    "zero_allow_untested_optimizer": True,
+}
+STILL = {f"{name}, still": settings | {"lr": CONSTANT} for name, settings in BF16.items()}
+LINEAR = {f"{name}, linear": settings | SGD for name, settings in BF16.items()}
+NAN = {
+    f"{name}, nan": settings
+    for name, settings in VARIANTS.items()
+    if name.endswith(("fp32", "bf16"))
+}
+
+
+def nan_run(rank, **settings):
+    """One rank's micro-batch has a nan in the middle of a window."""
+    engines.set_up(rank)
+    with engine_of(config_of(steps=2, **settings), wide()) as engine:
+        batches = batches_of(10, rank)
+        if rank == 1:
+            batches[NAN_AT][0][0, 0] = math.nan
+        before, lengths = None, []
+        for index, batch in enumerate(batches):
+            if index == NAN_AT:
+                before = engines.weights_of(engine)
+            lengths += run(engine, [batch])
+            if index == NAN_AT + 1:
+                after = engines.weights_of(engine)
+        return seen(engine, lengths) | {
+            "same": torch.equal(before, after),
+            "skipped": engine.skipped_steps,
+            "updates": engine.noise_aware.num_updates,
+        }
+
+
+def adaptive_run(rank, **settings):
+    """Everything decided and carried out; the rates as the optimizer sees them in each update."""
+    engines.set_up(rank)
+    used = []
+    with engine_of(
+        config_of(noise=GROWING, lr=1e-2, gradient_clipping=100.0, **settings)
+    ) as engine:
+        basic = engine.basic_optimizer
+
+        def note(optimizer, args, kwargs):
+            group = optimizer.param_groups[0]
+            used.append((group["lr"], group["betas"][1], group["weight_decay"]))
+
+        basic.register_step_pre_hook(note)
+        lengths = run(engine, batches_of(ADAPTIVE, rank))
+        return seen(engine, lengths) | {
+            "used": used,
+            "left": [
+                {k: g[k] for k in ("lr", "betas", "weight_decay")} for g in basic.param_groups
+            ],
+            "clip": engine.gradient_clipping(),
+            "own clip": getattr(engine.optimizer, "clip_grad", engine.gradient_clipping()),
+            "decided": engine.noise_aware.max_norm,
+            "metrics": engine.noise_aware.metrics(),
+        }
+
+
+def ddp_run(rank, **settings):
+    """The same under DDP with `NoiseAwareAdamW`."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    from noiseopt import NoiseAwareAdamW, NoiseConfig
+
+    net = build(torch.float32)
+    noise = NoiseConfig(**GROWING, max_norm=100.0, samples_per_micro_batch=engines.MICRO_BATCH)
+    optimizer = NoiseAwareAdamW(engines.groups_of(net), lr=1e-2, noise=noise)
+    model = DistributedDataParallel(net)
+    for batch in batches_of(ADAPTIVE, rank):
+        loss = loss_of(model, batch)
+        loss.backward()
+        optimizer.report_loss(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = torch.cat([p.detach().flatten() for p in net.parameters()])
+    return {"decisions": optimizer.decisions, "weights": weights}
+
+
+CASES = {
+    name: functools.partial(measured_run, **settings)
+    for name, settings in (VARIANTS | STILL | LINEAR).items()
+}
+CASES |= {name: functools.partial(nan_run, **settings) for name, settings in NAN.items()}
+CASES |= {
+    f"stage {stage} adaptive": functools.partial(adaptive_run, stage=stage) for stage in STAGES
+}
+CASES |= {"zero.Init": zero_init_run, "ddp": ddp_run}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return run_on_ranks(CASES, tmp_path_factory.mktemp("ranks"))
+
+
+@functools.cache
+def oracle(model="wide", dtype=torch.float32, lr=1e-3):
+    batches = [batches_of(sum(LENGTHS), rank) for rank in range(RANKS)]
+    net = Tied() if model == "tied" else wide()
+    return engines.plain_run(LENGTHS, batches, net, dtype, functools.partial(AdamW, lr=lr))
+
+
+def worst_norm(windows, norms):
+    """The largest relative error of a group's squared norm."""
+    return max(
+        abs(got / wanted - 1)
+        for window, (small, big) in zip(windows, norms, strict=True)
+        for got, wanted in zip(
+            (*window.norms.small_sq, *window.norms.big_sq), (*small, *big), strict=True
+        )
+    )
+
+
+def assert_same(one, other):
+    """Two ranks have seen, decided and done the same."""
+    assert repr(one["decisions"]) == repr(other["decisions"])  # which may hold a nan
+    assert one["lengths"] == other["lengths"]
+    torch.testing.assert_close(one["weights"], other["weights"], rtol=0, atol=0)
+
+
+def decay_once(net):
+    """What DeepSpeed does to SGD's weights here: it takes a step without gradients when built."""
+    for group in engines.groups_of(net):
+        for param in group["params"]:
+            param.data.mul_(1 - group["weight_decay"])
+
+
+@pytest.mark.parametrize("name", [*FP32, "zero.Init"])
+def test_norms_and_weights_are_those_of_plain_pytorch(ranks, name):
+    one, other = result(ranks, name)
+    norms, weights = oracle(FP32.get(name, {}).get("model", "wide"))
+    assert_same(one, other)
+    assert worst_norm(one["windows"], norms) < 1e-6
+    torch.testing.assert_close(one["weights"], weights, rtol=0, atol=1e-7)
+    assert all(window.clipped for window in one["windows"])
+
+
+@pytest.mark.parametrize("name", BF16)
+def test_bf16_norms_are_those_of_plain_pytorch(ranks, name):
+    one, other = result(ranks, f"{name}, still")
+    norms, _ = oracle(dtype=torch.bfloat16, lr=CONSTANT)
+    assert_same(one, other)
+    assert worst_norm(one["windows"], norms) < 5e-3
+
+
+@pytest.mark.parametrize("name", BF16)
+def test_bf16_weights_move_as_those_of_plain_pytorch(ranks, name):
+    # With SGD, which does not make much of the least entries.
+    one, other = result(ranks, f"{name}, linear")
+    batches = [batches_of(sum(LENGTHS), rank) for rank in range(RANKS)]
+    sgd = functools.partial(torch.optim.SGD, lr=1.0)
+    net = wide()
+    if name == "stage 0 bf16":
+        decay_once(net)
+    _, weights = engines.plain_run(LENGTHS, batches, net, torch.bfloat16, sgd)
+    start = torch.cat([p.detach().flatten() for p in wide().parameters()])
+    assert_same(one, other)
+    assert (one["weights"] - weights).norm() < 0.05 * (weights - start).norm()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_windows_are_exactly_as_long_as_decided(ranks, name):
+    one, _ = result(ranks, name)
+    assert one["lengths"] == LENGTHS
+    assert [window.micro_batches for window in one["windows"]] == LENGTHS
+    counts = [(window.norms.count, window.norms.samples) for window in one["windows"]]
+    assert counts == [(RANKS * k, RANKS * k * engines.MICRO_BATCH) for k in LENGTHS]
+
+
+@pytest.mark.parametrize("name", NAN)
+def test_what_is_not_finite_is_skipped_on_every_rank(ranks, name):
+    one, other = result(ranks, name)
+    assert_same(one, other)
+    assert one["same"]
+    assert one["skipped"] == 1
+    assert one["updates"] == 4
+    assert one["weights"].isfinite().all()
+    bad = one["windows"][NAN_AT // 2]
+    assert (bad.norms, bad.skipped, bad.applied) == (None, 2, False)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_engine_decides_as_our_optimizer_does_under_ddp(ranks, stage):
+    one, other = result(ranks, f"stage {stage} adaptive")
+    wanted, _ = result(ranks, "ddp")
+    assert_same(one, other)
+    assert len(one["decisions"]) == len(wanted["decisions"]) > 6
+    for got, ddp in zip(one["decisions"], wanted["decisions"], strict=True):
+        assert (got.action, got.accumulation_steps, got.num_updates) == (
+            ddp.action,
+            ddp.accumulation_steps,
+            ddp.num_updates,
+        )
+        assert got.rates.lr == pytest.approx(ddp.rates.lr, rel=1e-4)
+        assert got.max_norm == pytest.approx(ddp.max_norm, rel=1e-3)
+        assert got.loss == pytest.approx(ddp.loss, rel=1e-5)
+    assert max(one["lengths"]) == GROWING["max_accumulation_steps"]
+    torch.testing.assert_close(one["weights"], wanted["weights"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_rates_are_lent_for_the_update_and_taken_back(ranks, stage):
+    one, _ = result(ranks, f"stage {stage} adaptive")
+    lr, beta2, decay = one["used"][-1]
+    assert lr > 1.05e-2
+    assert beta2 < 0.999
+    assert decay != 0.1
+    assert one["left"][0] == {"lr": 1e-2, "betas": (0.9, 0.999), "weight_decay": 0.1}
+    assert one["left"][1]["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_decided_threshold_is_the_engines_own(ranks, stage):
+    one, _ = result(ranks, f"stage {stage} adaptive")
+    assert one["decided"] == one["decisions"][-1].max_norm < 100.0
+    assert one["clip"] == one["own clip"] == one["decided"]

@@ -1,0 +1,420 @@
+"""DeepSpeed on two real ranks: checkpoints, schedules, and loops that do things their own way."""
+
+import csv
+import functools
+import logging
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from tests.distributed import engines
+from tests.distributed.engines import GROWING, MEASURED, batches_of, config_of, engine_of, run
+from tests.distributed.ranks import result, run_on_ranks
+from tests.optim.helpers import loss_of
+
+pytestmark = pytest.mark.distributed
+
+STAGES = (0, 1, 2, 3)
+BATCHES, SAVED_AT = 120, 60
+ADAPTIVE = {"noise": GROWING | {"decision_interval": 2}, "lr": 1e-2, "gradient_clipping": 10.0}
+WARMUP = {"type": "WarmupLR", "params": {"warmup_num_steps": 1000, "warmup_type": "linear"}}
+SHORT = {"type": "WarmupLR", "params": {"warmup_num_steps": 6, "warmup_max_lr": 1e-2}}
+
+
+class Warnings(logging.Handler):
+    """What the package warns of, meanwhile."""
+
+    def __enter__(self):
+        self.texts = []
+        logging.getLogger("noiseopt").addHandler(self)
+        return self.texts
+
+    def __exit__(self, *exception):
+        logging.getLogger("noiseopt").removeHandler(self)
+
+    def emit(self, record):
+        if record.levelno >= logging.WARNING:
+            self.texts.append(record.getMessage())
+
+
+def step(engine, batch):
+    engine.backward(loss_of(engine, batch))
+    engine.step()
+
+
+def facts(engine):
+    return {
+        "decisions": engine.noise_aware.decisions,
+        "weights": engines.weights_of(engine),
+        "windows": [w for d in engine.noise_aware.decisions for w in d.windows],
+        "steps": engine.gradient_accumulation_steps(),
+        "batch": engine.train_batch_size(),
+        "clip": (engine.gradient_clipping(), getattr(engine.optimizer, "clip_grad", None)),
+    }
+
+
+# ------------------------------------------------------------------ checkpoints
+
+
+def resumed_run(rank, folder, **settings):
+    """One run, and one that goes on from its checkpoint in another engine."""
+    engines.set_up(rank)
+    config = config_of(scheduler=SHORT, steps=1, **ADAPTIVE, **settings)
+    batches = batches_of(BATCHES, rank)
+    with engine_of(config) as engine:
+        at = 0
+        while at < SAVED_AT or not engine.was_step_applied():
+            step(engine, cast(engine, batches[at]))
+            at += 1
+        engine.save_checkpoint(folder, client_state={"mine": 3})
+        saved = facts(engine)
+        run(engine, batches[at:])
+        whole = facts(engine)
+    with engine_of(config) as engine:
+        path, state = engine.load_checkpoint(folder)
+        loaded = facts(engine)
+        run(engine, batches[at:])
+        ended = facts(engine)
+    return {
+        "whole": whole,
+        "ended": ended,
+        "saved": saved,
+        "loaded": loaded,
+        "state": state,
+        "found": path is not None,
+    }
+
+
+def cast(engine, batch):
+    return tuple(part.to(engines.dtype_of(engine)) for part in batch)
+
+
+def other_loads(rank, folder):
+    """What is loaded without the optimizer's state, and into an engine that has no section."""
+    engines.set_up(rank)
+    batches = batches_of(40, rank)
+    with engine_of(config_of(stage=1, **ADAPTIVE)) as engine:
+        run(engine, batches)
+        engine.save_checkpoint(folder)
+    with engine_of(config_of(stage=1, **ADAPTIVE)) as engine:
+        engine.load_checkpoint(folder, load_module_only=True)
+        fresh = engine.noise_aware.num_updates, engine.gradient_accumulation_steps()
+    with engine_of(config_of(stage=1, noise_aware={"enabled": False})) as engine:
+        engine.load_checkpoint(folder)
+        plain = engine.noise_aware is None
+        engine.save_checkpoint(f"{folder}/plain")
+    with engine_of(config_of(stage=1, **ADAPTIVE)) as engine:
+        engine.load_checkpoint(f"{folder}/plain")
+        from_plain = engine.noise_aware.num_updates
+        run(engine, batches)
+        went_on = engine.noise_aware.num_updates
+    return fresh, plain, from_plain, went_on
+
+
+# ------------------------------------------------------------------ schedules
+
+
+def scheduled_run(rank, schedule):
+    engines.set_up(rank)
+    noise = MEASURED | {"schedule": schedule}
+    with (
+        Warnings() as texts,
+        engine_of(config_of(steps=2, noise=noise, scheduler=WARMUP)) as engine,
+    ):
+        rates = []
+        engine.noise_aware.add_observer(lambda decision: rates.append(decision.lr))
+        lengths = run(engine, batches_of(21, rank), (4, 1, 1, 4, 3, 6))
+        return {
+            "lengths": lengths,
+            "ticks": engine.lr_scheduler.last_batch_iteration + 1,
+            "rates": rates,
+            "texts": texts,
+        }
+
+
+# ------------------------------------------------------------------ loops of their own
+
+
+def owned_run(rank, way, stage):
+    """A loop that says itself where windows of three end."""
+    engines.set_up(rank)
+    more = {"managed_gradient_accumulation": False} if way == "unmanaged" else {}
+    steps = 3 if way in ("boundary", "unmanaged") else 1
+    config = config_of(stage, steps=steps, noise=GROWING, lr=1e-2, gradient_clipping=10.0, **more)
+    with Warnings() as texts, engine_of(config) as engine:
+        contexts = {"no_sync": engine.no_sync, "coalesce": engine.coalesce_grad_reduction}
+        batches = batches_of(90, rank)
+        for at in range(0, len(batches), 3):
+            own_window(engine, way, batches[at : at + 3], contexts.get(way, nullcontext))
+        return facts(engine) | {"texts": texts, "updates": engine.noise_aware.num_updates}
+
+
+def own_window(engine, way, batches, context):
+    *first, last = batches
+    if way == "coalesce":
+        with context():
+            for batch in batches:
+                engine.backward(loss_of(engine, batch))
+        engine.step()
+        return
+    with context():
+        for batch in first:
+            if way == "boundary":
+                engine.set_gradient_accumulation_boundary(False)
+            engine.backward(loss_of(engine, batch))
+    if way == "boundary":
+        engine.set_gradient_accumulation_boundary(True)
+    step(engine, last)
+
+
+def late_owner(rank):
+    """A loop that says where windows end after the engine has changed them."""
+    engines.set_up(rank)
+    with engine_of(config_of(steps=1)) as engine:
+        run(engine, batches_of(3, rank), (2, 2))
+        with pytest.raises(RuntimeError, match=r"set_gradient_accumulation_boundary.*first one on"):
+            engine.set_gradient_accumulation_boundary(True)
+
+
+def twice_backward(rank, stage):
+    """Two backwards in one step."""
+    engines.set_up(rank)
+    with Warnings() as texts, engine_of(config_of(stage=stage)) as engine:
+        one, other, last = batches_of(3, rank)
+        engine.backward(loss_of(engine, one))
+        if stage in (1, 2):
+            with pytest.raises(RuntimeError, match="2 backward passes in 1 calls"):
+                step(engine, other)
+            return None
+        step(engine, other)
+        step(engine, last)
+        return facts(engine)["windows"], texts
+
+
+def direct_backward(rank, stage):
+    """A backward that the engine is not told of."""
+    engines.set_up(rank)
+    with Warnings() as texts, engine_of(config_of(stage=stage, steps=2)) as engine:
+        one, other, *rest = batches_of(4, rank)
+        loss_of(engine, one).backward()
+        engine.step()
+        step(engine, other)
+        run(engine, rest)
+        return facts(engine)["windows"], texts
+
+
+def used_twice(rank, stage):
+    """A layer inside and outside of a reentrant checkpoint: its gradient comes in two parts."""
+    from tests.distributed.test_deepspeed import UsedTwice
+
+    engines.set_up(rank)
+    with engine_of(config_of(stage=stage), UsedTwice(reentrant=True)) as engine:
+        run(engine, batches_of(3, rank))
+        return facts(engine)["windows"]
+
+
+def counted(rank):
+    """Samples that the loop tells of, for the estimate: the engine weighs micro-batches alike."""
+    engines.set_up(rank)
+    with engine_of(config_of(steps=2)) as engine:
+        for samples, batch in zip((4, 2, 4, 1), batches_of(4, rank), strict=True):
+            engine.noise_aware.set_samples(samples)
+            step(engine, batch)
+        return facts(engine)["windows"]
+
+
+def differing(rank):
+    """Ranks whose settings differ."""
+    engines.set_up(rank)
+    noise = MEASURED | {"confidence": 0.9 + 0.05 * rank}
+    disagree = pytest.raises(RuntimeError, match=r"disagree on what they start from.*settings")
+    with engine_of(config_of(noise=noise)) as engine, disagree:
+        step(engine, batches_of(1, rank)[0])
+
+
+# ------------------------------------------------------------------ nothing is changed by watching
+
+
+def advised(rank, stage, bf16):
+    """Weights with mode "advise", and those of DeepSpeed alone."""
+    deepspeed = engines.set_up(rank)
+    config = config_of(stage, bf16, steps=2, noise={"mode": "advise", "decision_interval": 1})
+    found = []
+    for way in ("ours", "theirs"):
+        net = engines.build(torch.float32)
+        if way == "theirs":
+            params = {"lr": 1e-3, "weight_decay": 0.1, "torch_adam": True}
+            config = engines.merged(config, {"optimizer": {"type": "AdamW", "params": params}})
+            engine, *_ = deepspeed.initialize(
+                model=net, config=config, model_parameters=engines.groups_of(net)
+            )
+        else:
+            context = engine_of(config, net)
+            engine = context.__enter__()
+        for batch in batches_of(12, rank):
+            step(engine, cast(engine, batch))
+        found.append(engines.weights_of(engine))
+        engine.destroy()
+    return torch.equal(*found)
+
+
+# ------------------------------------------------------------------ events
+
+
+def monitored(rank, folder):
+    """Decisions go to the writers that the config opens."""
+    engines.set_up(rank)
+    writer = {"enabled": True, "output_path": str(folder), "job_name": "job"}
+    with engine_of(config_of(csv_monitor=writer)) as engine:
+        run(engine, batches_of(4, rank), (2,))
+        return engine.noise_aware.metrics(), engine.global_samples
+
+
+CASES = {
+    **{f"resumed {s}": (resumed_run, {"stage": s}) for s in STAGES},
+    **{f"resumed {s} bf16": (resumed_run, {"stage": s, "bf16": True}) for s in STAGES},
+    "other loads": (other_loads, {}),
+    **{f"schedule {word}": (scheduled_run, {"schedule": word}) for word in ("samples", "updates")},
+    **{f"boundary {s}": (owned_run, {"way": "boundary", "stage": s}) for s in STAGES},
+    **{f"unmanaged {s}": (owned_run, {"way": "unmanaged", "stage": s}) for s in STAGES},
+    **{f"no_sync {s}": (owned_run, {"way": "no_sync", "stage": s}) for s in (0,)},
+    **{f"coalesce {s}": (owned_run, {"way": "coalesce", "stage": s}) for s in (1, 2, 3)},
+    "late owner": (late_owner, {}),
+    **{f"twice {s}": (twice_backward, {"stage": s}) for s in STAGES},
+    **{f"direct {s}": (direct_backward, {"stage": s}) for s in (1, 2, 3)},
+    **{f"used twice {s}": (used_twice, {"stage": s}) for s in (0, 1)},
+    "counted": (counted, {}),
+    "differing": (differing, {}),
+    **{f"advised {s}": (advised, {"stage": s, "bf16": False}) for s in STAGES},
+    **{f"advised {s} bf16": (advised, {"stage": s, "bf16": True}) for s in STAGES},
+    "monitored": (monitored, {}),
+}
+OWNED = [name for name, (case, _) in CASES.items() if case is owned_run]
+IN_FOLDERS = (resumed_run, other_loads, monitored)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return tmp_path_factory.mktemp("folders")
+
+
+@pytest.fixture(scope="module")
+def ranks(folders, tmp_path_factory):
+    cases = {
+        name: functools.partial(
+            case, **settings, **({"folder": str(folders / name)} if case in IN_FOLDERS else {})
+        )
+        for name, (case, settings) in CASES.items()
+    }
+    return run_on_ranks(cases, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("resumed")])
+def test_a_resumed_run_decides_and_ends_as_one_that_never_stopped(ranks, name):
+    for run_ in result(ranks, name):
+        whole, ended = run_["whole"], run_["ended"]
+        assert run_["found"]
+        assert run_["state"] == {"mine": 3} | {
+            k: v for k, v in run_["state"].items() if k != "mine"
+        }
+        assert "noise_aware" not in run_["state"]
+        for key in ("steps", "batch", "clip"):
+            assert run_["loaded"][key] == run_["saved"][key]
+            assert ended[key] == whole[key]
+        after = ended["decisions"]
+        assert len(after) > 5
+        # The first decision rests on windows from before the checkpoint too.
+        assert strip(whole["decisions"][-len(after) :]) == strip(after)
+        assert max(d.accumulation_steps for d in after) > 1
+        torch.testing.assert_close(ended["weights"], whole["weights"], rtol=0, atol=0)
+
+
+def strip(decisions):
+    return [str(decision).split(", windows=")[0] for decision in decisions]
+
+
+def test_without_the_optimizers_state_measuring_starts_anew(ranks):
+    for fresh, plain, from_plain, went_on in result(ranks, "other loads"):
+        assert fresh == (0, 1)
+        assert plain
+        assert (from_plain, went_on > 0) == (0, True)
+
+
+def test_a_schedule_follows_the_samples(ranks):
+    one, _ = result(ranks, "schedule samples")
+    assert one["lengths"] == [2, 4, 1, 1, 4, 3, 6]
+    assert one["ticks"] == sum(one["lengths"]) // 2
+    assert not one["texts"]
+    assert one["rates"] == sorted(one["rates"])
+
+
+def test_a_schedule_that_counts_updates_is_warned_of(ranks):
+    one, other = result(ranks, "schedule updates")
+    assert one["ticks"] == len(one["lengths"])
+    assert sum("it stretches" in text for text in one["texts"]) == 1
+    assert not other["texts"]
+
+
+@pytest.mark.parametrize("name", OWNED)
+def test_a_loop_that_ends_windows_itself_keeps_them(ranks, name):
+    one, other = result(ranks, name)
+    assert repr(one["decisions"]) == repr(other["decisions"])
+    assert one["updates"] == 30
+    assert all(window.micro_batches == 3 for window in one["windows"])
+    assert all(decision.accumulation_steps == one["steps"] for decision in one["decisions"])
+    assert one["decisions"][-1].noise is not None
+    assert sum("they stay at" in text for text in one["texts"]) == 1
+
+
+def test_windows_are_not_left_to_the_loop_once_they_have_changed(ranks):
+    result(ranks, "late owner")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_backwards_in_a_step_are_refused_where_one_is_lost(ranks, stage):
+    one, _ = result(ranks, f"twice {stage}")
+    if stage in (0, 3):
+        (first, second), texts = one
+        assert first.norms is None or not first.norms.finite
+        assert second.norms.finite
+        assert sum("2 backward passes in 1 calls" in text for text in texts) == 1
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_backward_that_was_not_seen_is_not_measured(ranks, stage):
+    (first, second), texts = result(ranks, f"direct {stage}")[0]
+    assert not first.norms.finite
+    assert second.norms.finite
+    assert sum("outside of engine.backward" in text for text in texts) == 1
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_gradient_in_two_parts_is_not_measured(ranks, stage):
+    for windows in result(ranks, f"used twice {stage}"):
+        assert len(windows) == 3
+        assert all(window.applied for window in windows)
+        assert not any(window.norms and window.norms.finite for window in windows)
+
+
+def test_samples_may_be_told(ranks):
+    for windows in result(ranks, "counted"):
+        assert [window.norms.samples for window in windows] == [12, 10]
+
+
+def test_ranks_with_other_settings_stop(ranks):
+    result(ranks, "differing")
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("advised")])
+def test_watching_changes_no_bit(ranks, name):
+    assert result(ranks, name) == [True, True]
+
+
+def test_decisions_go_to_the_engines_monitor(ranks, folders):
+    (metrics, samples), _ = result(ranks, "monitored")
+    for name, value in metrics.items():
+        path = folders / "monitored" / "job" / f"{name.replace('/', '_')}.csv"
+        rows = list(csv.reader(path.read_text().splitlines()))
+        assert rows[0] == ["step", name.split("/")[-1]]
+        assert (int(rows[-1][0]), float(rows[-1][1])) == (samples, pytest.approx(value))

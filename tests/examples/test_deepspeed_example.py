@@ -1,0 +1,89 @@
+"""The DeepSpeed example as a user starts it: by either launcher, and once more to go on."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from noiseopt.record import read
+from tests.distributed.ranks import RANKS
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "deepspeed"
+INTERVAL = 10  # updates between decisions, which is the default
+STEPS = 3 * INTERVAL + 2
+SMALL = ("--layers", 1, "--width", 16, "--context", 4, "--save-every", 2 * INTERVAL)
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", RANKS)
+DEEPSPEED = ("deepspeed.launcher.runner", "--num_accelerators", RANKS, "--master_port")
+
+# one worker makes the runs once for all of them
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.xdist_group("examples")]
+
+
+def start(launcher, stage, *arguments):
+    script = (EXAMPLE / "train.py", "--deepspeed_config", EXAMPLE / f"zero{stage}.json")
+    done = subprocess.run(
+        list(map(str, (sys.executable, "-m", *launcher, *script, *SMALL, *arguments))),
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory):
+    """A little text, so that reading it takes no time."""
+    folder, generator = tmp_path_factory.mktemp("noise"), torch.Generator().manual_seed(0)
+    for index in range(64):
+        content = torch.randint(256, (50_000,), generator=generator, dtype=torch.uint8)
+        (folder / f"{index}.py").write_bytes(bytes(content.tolist()))
+    return folder
+
+
+def updates(record):
+    return [decision.num_updates for decision in record.decisions]
+
+
+def test_started_by_torchrun_and_again_it_goes_on(noise, tmp_path):
+    arguments = ("--text", noise, "--checkpoint", tmp_path, "--steps")
+    output = start(TORCHRUN, 3, *arguments, STEPS)
+    first = read(tmp_path / "decisions.jsonl")
+    assert updates(first) == [INTERVAL, 2 * INTERVAL, 3 * INTERVAL]
+    assert {decision.ranks for decision in first.decisions} == {RANKS}
+    assert "Decisions, from" in output
+    assert first.decisions[-1].noise.unit == "samples"
+    assert {path.name for path in tmp_path.glob("global_step*")} == {
+        f"global_step{2 * INTERVAL}",
+        f"global_step{STEPS}",
+    }
+
+    start(TORCHRUN, 3, *arguments, 2 * STEPS)
+    second = read(tmp_path / "decisions-1.jsonl")
+    assert second.header == first.header
+    before, after = first.decisions[-1], second.decisions[0]
+    assert after.num_updates == before.num_updates + INTERVAL
+    assert after.samples_seen > before.samples_seen
+    assert after.noise.count > before.noise.count
+
+
+def test_started_by_deepspeed_it_writes_the_record_where_it_is_told(noise, tmp_path):
+    record = tmp_path / "elsewhere" / "run.jsonl"
+    arguments = ("--text", noise, "--checkpoint", tmp_path / "run", "--record", record)
+    output = start((*DEEPSPEED, free_port()), 1, *arguments, "--steps", STEPS)
+    assert updates(read(record)) == [INTERVAL, 2 * INTERVAL, 3 * INTERVAL]
+    assert "Decisions, from" in output
+    assert (tmp_path / "run" / "latest").read_text() == f"global_step{STEPS}"
