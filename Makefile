@@ -1,5 +1,5 @@
 # Every target works in .venv, which is made once and refreshed when pyproject.toml or
-# constraints.txt change. demo, test and bench install only what they need into it, each with a
+# constraints.txt change. The demos, test and bench install only what they need into it, each with a
 # stamp of its own that is written last, so that an interrupted install is simply done again.
 # Only test-ends works elsewhere, in .venv-oldest and .venv-newest, which are made the same way.
 
@@ -28,13 +28,20 @@ CONSTRAINTS_newest := constraints.txt
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-ends test-oldest test-newest lint format bench clean distclean
+.PHONY: help demo demo-deepspeed test test-ends test-oldest test-newest lint format bench clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/installed-demo ## train small models with and without noiseopt and show the difference
 	@$(BIN)/python -m noiseopt demo $(ARGS)
+
+# Every run has a folder of its own, so that none goes on from an earlier one.
+demo-deepspeed: $(VENV)/installed-demo-deepspeed ## train a small GPT with DeepSpeed at ZeRO stage 3 on two CPU ranks and show the decisions
+	@DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone \
+		--nproc-per-node 2 examples/deepspeed/train.py \
+		--deepspeed_config examples/deepspeed/zero3.json \
+		--checkpoint "runs/deepspeed-$$(date +%Y%m%d-%H%M%S)" $(ARGS)
 
 test: $(VENV)/installed-dev ## run the tests
 	@$(call RUN_TESTS,$(VENV))
@@ -55,9 +62,10 @@ format: $(VENV)/installed-dev ## put the sources into the house format
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-bench: $(VENV)/installed-bench ## measure the overhead, also across ranks, and the estimator against its peers
+bench: $(VENV)/installed-bench ## measure the overhead, also across ranks and with DeepSpeed, and the estimator against its peers
 	@$(BIN)/python benchmarks/overhead.py $(ARGS)
 	@$(BIN)/python benchmarks/ranks.py $(ARGS)
+	@$(BIN)/python benchmarks/deepspeed.py $(ARGS)
 	@$(BIN)/python benchmarks/estimator.py $(ARGS)
 
 clean: ## remove what building and testing left
@@ -69,7 +77,8 @@ distclean: clean ## the same, and remove the environments
 
 $(VENV)/installed-demo: EXTRAS := wandb,demo
 $(VENV)/installed-dev: EXTRAS := dev
-$(VENV)/installed-bench: EXTRAS := bench
+$(VENV)/installed-demo-deepspeed: EXTRAS := wandb,demo,deepspeed
+$(VENV)/installed-bench: EXTRAS := bench,deepspeed
 $(VENV)/installed-%: $(VENV)/created pyproject.toml constraints.txt
 	@echo "Installing noiseopt[$(EXTRAS)] into $(VENV) (once; a minute or two)"
 	@$(call INSTALL,$(VENV),constraints.txt) setuptools

@@ -286,18 +286,23 @@ Times = dict[str, list[tuple[float, float]]]  # of each arm's updates: wall and 
 
 
 def cost(wrapping: str, size: Size, window: int, steps: int) -> Times:
-    """This rank's times; the first round is for warming up."""
+    """This rank's times."""
     arms = {name: build(wrapping, size, window) for name, build in arms_of(window).items()}
-    order, shuffle = list(arms), random.Random(0).shuffle  # the same on every rank
+    return in_turns({name: arm.update for name, arm in arms.items()}, size.block, steps)
+
+
+def in_turns(updates: Mapping[str, Callable[[], None]], block: int, steps: int) -> Times:
+    """This rank's times of arms that take turns; the first round is for warming up."""
+    order, shuffle = list(updates), random.Random(0).shuffle  # the same on every rank
     times: Times = {name: [] for name in order}
-    for number in range(size.block + steps):
+    for number in range(block + steps):
         shuffle(order)
         for name in order:
             dist.barrier()
             wall, cpu = time.perf_counter(), time.process_time()
-            arms[name].update()
+            updates[name]()
             cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-            if number >= size.block:
+            if number >= block:
                 times[name].append((wall, cpu))
     return times
 
@@ -824,7 +829,9 @@ def print_results(results: Sequence[Result], common: Sequence[str]) -> None:
     print(flush=True)
 
 
-def origin_of(arguments: Sequence[str]) -> dict[str, str]:
+def origin_of(
+    arguments: Sequence[str], script: str = "ranks.py", code: Sequence[str] = ("noiseopt",)
+) -> dict[str, str]:
     """The command, the commit (marked where this code was changed since) and the versions."""
     here = Path(__file__).resolve().parent
 
@@ -837,21 +844,23 @@ def origin_of(arguments: Sequence[str]) -> dict[str, str]:
             return "unknown"
         return done.stdout.strip()
 
-    code = (str(here / "ranks.py"), str(here.parent / "noiseopt"))
-    changed = "+changes" if git("status", "--porcelain", "--", *code) else ""
+    measured = (str(here / script), *(str(here.parent / folder) for folder in code))
+    changed = "+changes" if git("status", "--porcelain", "--", *measured) else ""
     python = ".".join(map(str, sys.version_info[:3]))
     return {
-        "command": " ".join(("python benchmarks/ranks.py", *arguments)),
+        "command": " ".join((f"python benchmarks/{script}", *arguments)),
         "commit": git("rev-parse", "--short", "HEAD") + changed,
         "device": f"CPU, {os.cpu_count()} cores, 1 thread for each rank, gloo",
         "versions": f"python {python}, torch {torch.__version__}",
     }
 
 
-def append(results: Sequence[Result], origin: dict[str, str], folder: Path) -> None:
-    """Add the records to ranks.json, one to a line."""
+def append(
+    results: Sequence[Result], origin: dict[str, str], folder: Path, name: str = "ranks.json"
+) -> None:
+    """Add the records to a file, one to a line."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "ranks.json"
+    path = folder / name
     records = json.loads(path.read_text()) if path.exists() else []
     records += [asdict(result) | origin for result in results]
     lines = ",\n".join(json.dumps(record, allow_nan=False) for record in records)
@@ -937,21 +946,26 @@ TASKS: dict[str, Callable[[Plan], Iterator[Task]]] = {
 
 def run(plan: Plan, parts: Sequence[str]) -> Iterator[Sequence[Result]]:
     """Measure, printing each table as it is known."""
-    tasks = [task for name in parts for task in TASKS[name](plan)]
     rows: list[Row] = []
-    for group in groups_of(tasks, plan.together):
-        jobs = {str(number): task.job for number, task in enumerate(group)}
-        found = on_ranks(group[0].ranks, jobs)
-        for task, results in zip(group, found.values(), strict=True):
-            records = task.records(results)
-            print_results(records, task.common)
-            rows += (record for record in records if isinstance(record, Row))
-            yield records
+    for records in run_tasks([task for name in parts for task in TASKS[name](plan)], plan.together):
+        rows += (record for record in records if isinstance(record, Row))
+        yield records
     for source, hop in (("assumed", HOP_SECONDS), ("measured here", measured_hop(rows))):
         if rows and hop is not None:
             predicted = predictions(rows[0].bytes, hop, source)
             print_results(predicted, OF_PREDICTION)
             yield predicted
+
+
+def run_tasks(tasks: Sequence[Task], together: bool) -> Iterator[Sequence[Any]]:
+    """Each task's records, printed as they are known."""
+    for group in groups_of(tasks, together):
+        jobs = {str(number): task.job for number, task in enumerate(group)}
+        found = on_ranks(group[0].ranks, jobs)
+        for task, results in zip(group, found.values(), strict=True):
+            records = task.records(results)
+            print_results(records, task.common)
+            yield records
 
 
 def groups_of(tasks: Sequence[Task], together: bool) -> list[list[Task]]:

@@ -47,12 +47,12 @@ class NoiseAwareEngine(DeepSpeedEngine):  # type: ignore[misc]
                 f'"{SECTION}" is not measured rightly yet: leave out one of the two'
             )
 
-    def backward(self, loss: Any, *args: Any, **kwargs: Any) -> Any:
+    def backward(self, loss: Any, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Any:
         """Run a micro-batch's backward, and read its gradient's norm."""
         if self.noise_aware is None:
-            return super().backward(loss, *args, **kwargs)
-        with self.noise_aware.reading(loss):
-            return super().backward(loss, *args, **kwargs)
+            return super().backward(loss, retain_graph, scale_wrt_gas)
+        with self.noise_aware.reading(loss, divided=not scale_wrt_gas):
+            return super().backward(loss, retain_graph, scale_wrt_gas)
 
     def step(self, lr_kwargs: Any = None) -> None:
         """Take a micro-batch; at the window's end update, and open the next window."""

@@ -1,7 +1,7 @@
 """What an engine measures and decides: its windows from the first backward to the update."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,6 +56,7 @@ class EngineNoise(NoiseReadings):
         self._lent_norm = settings.config.max_norm  # the threshold that the engine clips at now
         self._since_tick = 0
         self._loop_owns_windows = False
+        self._set_loops_window: Callable[[int], None] | None = None
         self._started = self._ended = False
         self._told: set[str] = set()
         if engine.monitor.enabled:
@@ -97,11 +98,33 @@ class EngineNoise(NoiseReadings):
     # ------------------------------------------------------------------ one window
 
     @contextmanager
-    def reading(self, loss: Tensor) -> Iterator[None]:
-        """Read what the backward of a micro-batch's loss brings."""
+    def reading(self, loss: Tensor, divided: bool) -> Iterator[None]:
+        """Read what the backward of a micro-batch's loss brings.
+
+        Args:
+            loss: the loss.
+            divided: whether the loop has divided it by the window's length.
+        """
         with self._leaves.reading(loss):
             yield
-        self._adaptation.report_loss(loss)
+        parts = self._engine.gradient_accumulation_steps() if divided else 1
+        self._adaptation.report_loss(loss.detach() * parts)
+
+    def lead(self, set_window: Callable[[int], None]) -> None:
+        """Have a loop that says where windows end make each as long as was decided.
+
+        Args:
+            set_window: called with the length of every window, when it opens.
+
+        Raises:
+            RuntimeError: the loop has ended a window by itself before.
+        """
+        if self._loop_owns_windows and not self._set_loops_window:
+            raise RuntimeError(
+                "the loop has ended windows by itself: lead it from the first one on"
+            )
+        self._loop_owns_windows, self._set_loops_window = True, set_window
+        set_window(self.accumulation_steps)
 
     def leave_windows_to_loop(self, why: str) -> None:
         """Keep windows as long as they are: someone else says where they end.
@@ -184,7 +207,7 @@ class EngineNoise(NoiseReadings):
             return
         self._ended = False
         self._set_max_norm(self._adaptation.max_norm)
-        if not self._loop_owns_windows:
+        if self._set_loops_window or not self._loop_owns_windows:
             self._set_window(self.accumulation_steps)
 
     def _set_window(self, steps: int) -> None:
@@ -196,6 +219,8 @@ class EngineNoise(NoiseReadings):
         engine.tput_timer.batch_size = engine.train_batch_size()
         # The engine takes micro_steps modulo the window: counted from here, none is cut short.
         engine.micro_steps = 0
+        if self._set_loops_window:
+            self._set_loops_window(steps)
 
     def _set_max_norm(self, max_norm: float) -> None:
         if self._adaptation.acts and max_norm != self._lent_norm:
@@ -206,7 +231,9 @@ class EngineNoise(NoiseReadings):
         leaves, wrapper = self._leaves, self._wrapper
         factors = torch.stack(leaves.factors)
         weights = factors / factors.sum()
-        scale_sq = wrapper.loss_scale**2
+        # A loop that ends a window early leaves fewer parts than the engine has divided by.
+        share = (factors.sum() / wrapper.loss_scale).clamp(max=1.0)
+        scale_sq = (share * wrapper.loss_scale).square()
         small = torch.stack(leaves.norms) / weights.square()[:, None] / scale_sq
         big = squared_norms(wrapper.mean(), self._device) / scale_sq
         if not self._sees_each(steps):

@@ -106,7 +106,7 @@ class NoiseConfig:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            self._check_type(item.name, str(item.type))
+            self._settle_type(item.name, str(item.type))
         self._check("mode", self.mode in MODES, f"one of {MODES}")
         self._check("accumulation", self.accumulation in ACCUMULATIONS, f"one of {ACCUMULATIONS}")
         self._check("gradients", self.gradients in GRADIENTS, f"one of {GRADIENTS}")
@@ -144,7 +144,7 @@ class NoiseConfig:
             "probe_interval", self.probe_interval != 1, "0 (never) or at least 2 updates apart"
         )
 
-    def _check_type(self, name: str, annotation: str) -> None:
+    def _settle_type(self, name: str, annotation: str) -> None:
         value = getattr(self, name)
         kind = annotation.removeprefix("<class '").removesuffix("'>").split(" ")[0]
         allowed: dict[str, tuple[type, ...]] = {
@@ -157,6 +157,9 @@ class NoiseConfig:
             return
         if not isinstance(value, allowed[kind]) or (kind != "bool" and isinstance(value, bool)):
             raise TypeError(f"NoiseConfig.{name} is {value!r}: it must be of type {kind}")
+        if kind == "float":
+            value = float(value)
+            object.__setattr__(self, name, value)  # what a state holds keeps its first type
         if isinstance(value, float) and math.isnan(value):
             raise ValueError(f"NoiseConfig.{name} is nan: it must be a number")
 

@@ -36,7 +36,8 @@ GROWING = {
 
 def set_up(rank):
     """What a launcher would have set, and no C++ extension for shared memory."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ["WORLD_SIZE"] = str(dist.get_world_size())
     os.environ |= {"DS_ACCELERATOR": "cpu", "DEEPSPEED_LOG_LEVEL": "error"}
     import deepspeed
 
@@ -116,6 +117,7 @@ def dtype_of(engine):
 def run(engine, batches, plan=(), loss=loss_of):
     """The plain loop. Windows take the lengths of a plan, as if they had been decided."""
     noise, planned, lengths, taken = engine.noise_aware, iter(plan), [], 0
+    before = noise._adaptation._num_windows
 
     def follow_plan(decision):
         noise._adaptation.steps = next(planned, noise.accumulation_steps)
@@ -126,7 +128,7 @@ def run(engine, batches, plan=(), loss=loss_of):
         engine.backward(loss(engine, tuple(part.to(dtype_of(engine)) for part in batch)))
         engine.step()
         taken += 1
-        if noise._adaptation._num_windows > len(lengths):
+        if noise._adaptation._num_windows > before + len(lengths):
             lengths.append(taken)
             taken = 0
     return lengths

@@ -137,6 +137,16 @@ def test_learnt_thresholds_resume_bitwise_too():
         assert_same_decisions(resumed.decisions, straight.decisions)
 
 
+def test_a_ceiling_given_as_a_whole_number_resumes_too():
+    whole, batches = Run("AdamW", growing(clip_z=0.5, min_count=3.0, max_norm=100)), draw(400)
+    whole.until(110, [tuple(part.float() for part in batch) for batch in batches])
+    learnt = whole.optimizer.decision.max_norm
+    resumed = Run("AdamW", growing(clip_z=0.5, min_count=3.0, max_norm=100))
+    resumed.optimizer.load_state_dict(whole.optimizer.state_dict())
+    assert learnt % 1 != 0
+    assert resumed.optimizer._adaptation.max_norm == learnt
+
+
 def test_saving_again_and_again_resumes_bitwise():
     """A chain: every process makes one update and saves."""
     batches = draw(300, dtype=torch.float32)
