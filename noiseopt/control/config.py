@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, fields
+from typing import Any
 
 MODES = ("auto", "advise", "off")
 ACCUMULATIONS = ("internal", "external")
@@ -145,7 +146,7 @@ class NoiseConfig:
         )
 
     def _settle_type(self, name: str, annotation: str) -> None:
-        value = getattr(self, name)
+        value: Any = getattr(self, name)
         kind = annotation.removeprefix("<class '").removesuffix("'>").split(" ")[0]
         allowed: dict[str, tuple[type, ...]] = {
             "int": (int,),
