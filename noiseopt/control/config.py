@@ -159,7 +159,7 @@ class NoiseConfig:
         if not isinstance(value, allowed[kind]) or (kind != "bool" and isinstance(value, bool)):
             raise TypeError(f"NoiseConfig.{name} is {value!r}: it must be of type {kind}")
         if kind == "float":
-            value = float(value)
+            value = float(getattr(self, name))
             object.__setattr__(self, name, value)  # what a state holds keeps its first type
         if isinstance(value, float) and math.isnan(value):
             raise ValueError(f"NoiseConfig.{name} is nan: it must be a number")
