@@ -9,7 +9,7 @@ from torch import Tensor
 from noiseopt.capture.sharding import Share, local
 
 _EXACT = (torch.float32, torch.float64)
-_PIECE = 2**17
+_PIECE = 2**18
 
 
 def squared_norms(
@@ -45,11 +45,11 @@ def begun_norm(grad: Tensor) -> Tensor:
 def joined_norm(begun: Sequence[Tensor], device: torch.device) -> Tensor:
     """|g|^2 of all gradients together whose norms were begun, 0-d. Nothing waits for it."""
     total = torch.zeros((), dtype=sum_dtype(device), device=device)
-    by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for norm in begun:
-        by_device[norm.device].append(norm)
-    for source, norms in by_device.items():
-        stacked = torch.stack([norm.to(sum_dtype(source)) for norm in norms])
+        by_kind[norm.device, norm.dtype].append(norm)
+    for (source, _), norms in by_kind.items():
+        stacked = torch.stack(norms).to(sum_dtype(source))
         squares = stacked if source.type == "cpu" else stacked.square()
         total += squares.sum().to(device, total.dtype, non_blocking=True)
     return total
