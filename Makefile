@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 # Called with the environment, and the constraints. Bytecode is written where it is first needed,
 # which is faster than compiling all of torch.
 INSTALL = $(1)/bin/python -m pip --disable-pip-version-check -qq install --no-compile -c $(2)
-RUN_TESTS = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q -n $(JOBS) --dist loadgroup $(ARGS)
+RUN_TESTS = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
 unexport PYTHONDONTWRITEBYTECODE
 
 PYTHON_oldest = $(OLDEST)

@@ -64,7 +64,7 @@ class NoiseAwareEngine(DeepSpeedEngine):  # type: ignore[misc]
         if self.noise_aware is None:
             super()._take_model_step(lr_kwargs)
             return
-        with self.noise_aware.update():
+        with self.noise_aware.update(lr_kwargs or {}):
             super()._take_model_step(lr_kwargs)
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:

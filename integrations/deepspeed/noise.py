@@ -1,7 +1,7 @@
 """What an engine measures and decides: its windows from the first backward to the update."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,10 +12,10 @@ from noiseopt.adaptation import Adaptation, Number
 from noiseopt.capture import Measured, end_row, squared_norms
 from noiseopt.control import Decision, NoiseConfig, metrics
 from noiseopt.distributed import Ranks, digest
+from noiseopt.integrations.deepspeed.control import EngineControl
 from noiseopt.integrations.deepspeed.leaves import LeafNorms
 from noiseopt.integrations.deepspeed.section import Settings
 from noiseopt.integrations.deepspeed.wrappers import PlainWrapper, wrapper_of
-from noiseopt.optim.hyper import overridden, scaled_values
 from noiseopt.readings import NoiseReadings
 
 KEEPS_LAST_ONLY = (1, 2)  # stages that lose all but the last of several backwards in one step
@@ -40,7 +40,7 @@ class EngineNoise(NoiseReadings):
     _adaptation: Adaptation
 
     def __init__(self, engine: Any, settings: Settings) -> None:
-        self._engine, self._settings = engine, settings
+        self._engine = engine
         self._wrapper = wrapper_of(engine)
         self._device = torch.device(engine.device)
         self._groups = self._wrapper.params()
@@ -51,10 +51,8 @@ class EngineNoise(NoiseReadings):
         self._adaptation = Adaptation(settings.config, self.rule_name, len(self._groups), ranks)
         self._adaptation.settings = self._hyper_parameters
         self._leaves = LeafNorms(self._groups, self._device)
-        self._second_moments = self._wrapper.second_moments()
-        self._first_steps = settings.config.accumulation_steps
-        self._lent_norm = settings.config.max_norm  # the threshold that the engine clips at now
-        self._since_tick = 0
+        self._control = EngineControl(engine, self._wrapper, settings)
+        self._began_at = 0  # the engine's micro_steps when the window was opened
         self._loop_owns_windows = False
         self._set_loops_window: Callable[[int], None] | None = None
         self._started = self._ended = False
@@ -89,7 +87,7 @@ class EngineNoise(NoiseReadings):
     @property
     def max_norm(self) -> float:
         """The norm at which the open window's gradient is clipped; infinite for never."""
-        return self._lent_norm
+        return self._control.max_norm
 
     def detach(self) -> None:
         """Stop measuring: remove every hook."""
@@ -134,7 +132,7 @@ class EngineNoise(NoiseReadings):
         """
         if self._loop_owns_windows:
             return
-        if self.accumulation_steps != self._first_steps:
+        if self.accumulation_steps != self.config.accumulation_steps:
             raise RuntimeError(
                 f"{why}: the loop says where windows end, after the engine had made them "
                 f"{self.accumulation_steps} micro-batches long: do so from the first one on"
@@ -143,13 +141,16 @@ class EngineNoise(NoiseReadings):
         self._adaptation.keep_window()
         self._tell(
             "the loop's windows",
-            f"{why}: the loop says where windows end, so they stay at {self._first_steps} "
+            f"{why}: the loop says where windows end, so they stay at {self.accumulation_steps} "
             "micro-batches; learning rate and clipping adapt",
         )
 
     @contextmanager
-    def update(self) -> Iterator[None]:
+    def update(self, lr_kwargs: Mapping[str, Any]) -> Iterator[None]:
         """Measure before the engine's update, lend it the rates, and close the window after it.
+
+        Args:
+            lr_kwargs: what the scheduler's `step` is to be called with.
 
         Raises:
             RuntimeError: ranks disagree, or the engine has lost micro-batches.
@@ -163,27 +164,14 @@ class EngineNoise(NoiseReadings):
             self._start()
         measured = self._measure(steps)
         row = self._adaptation.agree(measured, at_once=False)
-        lr = self._user_lr()
-        with self._unscheduled(), self._lent_rates(steps) as numbers, self._finite(measured):
+        lr, rates = self._user_lr(), self._adaptation.rates(steps)
+        with self._control.lent(rates, steps, lr_kwargs), self._finite(measured):
             yield
         applied = self._engine.was_step_applied()
-        if applied:
-            self._second_moments = numbers
-            self._tick(steps)
-        end_row(row, applied, applied and self._norm(measured) > self._lent_norm)
+        end_row(row, applied, applied and self._norm(measured) > self.max_norm)
         self._leaves.clear()
         self._ended = True
         self._adaptation.close_window(row, lambda: lr)
-
-    @contextmanager
-    def _unscheduled(self) -> Iterator[None]:
-        """Keep the scheduler from the engine for an update: how far it advances is said here."""
-        engine = self._engine
-        scheduler, engine.lr_scheduler = engine.lr_scheduler, None
-        try:
-            yield
-        finally:
-            engine.lr_scheduler = scheduler
 
     @contextmanager
     def _finite(self, measured: Measured) -> Iterator[None]:
@@ -195,37 +183,38 @@ class EngineNoise(NoiseReadings):
         else:
             yield
 
-    def _norm(self, measured: Measured) -> float:
+    def _norm(self, measured: Measured) -> Tensor | float:
         """The norm of the mean, before it is clipped; all ranks' after the update."""
         if isinstance(self._wrapper, PlainWrapper):
-            return measured.big_norms.sum().sqrt().item()
-        return float(self._engine.get_global_grad_norm())
+            return measured.big_norms.sum().sqrt()
+        norm: Tensor | float = self._engine.get_global_grad_norm()
+        return norm
 
     def open_window(self) -> None:
         """After a step: give the engine the next window, exactly as long as was decided."""
         if not self._ended:
             return
         self._ended = False
-        self._set_max_norm(self._adaptation.max_norm)
-        if self._set_loops_window or not self._loop_owns_windows:
-            self._set_window(self.accumulation_steps)
+        if self._adaptation.acts:
+            self._carry_out(self._adaptation.max_norm)
+        self._began_at = self._engine.micro_steps
 
-    def _set_window(self, steps: int) -> None:
-        engine = self._engine
-        if steps != self._first_steps:
-            self._warn_of_schedule()
-        micro_batch = engine.train_micro_batch_size_per_gpu()
-        engine.set_train_batch_size(micro_batch * engine.dp_world_size * steps)
-        engine.tput_timer.batch_size = engine.train_batch_size()
-        # The engine takes micro_steps modulo the window: counted from here, none is cut short.
-        engine.micro_steps = 0
+    def _carry_out(self, max_norm: float) -> None:
+        steps = self.accumulation_steps
+        if max_norm != self.max_norm:
+            self._control.set_max_norm(max_norm)
+        if self._loop_owns_windows and not self._set_loops_window:
+            return
+        self._control.set_window(steps)
         if self._set_loops_window:
             self._set_loops_window(steps)
-
-    def _set_max_norm(self, max_norm: float) -> None:
-        if self._adaptation.acts and max_norm != self._lent_norm:
-            self._lent_norm = max_norm
-            self._wrapper.set_max_norm(max_norm)
+        if steps != self.config.accumulation_steps and self._control.stretches_schedule:
+            self._tell(
+                "the schedule",
+                f"the window is now {steps} micro-batches, and the learning rate's schedule counts "
+                'updates: it stretches; say "noise_aware": {"schedule": "samples"} to have it '
+                "follow the samples",
+            )
 
     def _measure(self, steps: int) -> Measured:
         leaves, wrapper = self._leaves, self._wrapper
@@ -244,7 +233,6 @@ class EngineNoise(NoiseReadings):
 
     def _sees_each(self, steps: int) -> bool:
         """Whether each micro-batch was read in one backward of its own."""
-        engine = self._engine
         if self._leaves.strays:
             self._tell(
                 "strays",
@@ -252,14 +240,19 @@ class EngineNoise(NoiseReadings):
                 "measured; call engine.backward",
             )
             return False
-        if self._loop_owns_windows or steps == engine.micro_steps + 1:
+        if self._loop_owns_windows or steps == self._calls:
             return True
         self._tell(
             "passes",
-            f"{steps} backward passes in {engine.micro_steps + 1} calls of engine.step(): such "
+            f"{steps} backward passes in {self._calls} calls of engine.step(): such "
             "windows are not measured; add the losses up and call engine.backward once for each",
         )
         return False
+
+    @property
+    def _calls(self) -> int:
+        """How often `engine.step` was called in the window, at its last call."""
+        return int(self._engine.micro_steps) - self._began_at + 1
 
     def _check_passes(self, steps: int) -> None:
         engine = self._engine
@@ -268,34 +261,10 @@ class EngineNoise(NoiseReadings):
             return
         if steps > engine.gradient_accumulation_steps():
             raise RuntimeError(
-                f"{steps} backward passes in {engine.micro_steps + 1} calls of engine.step(): at "
+                f"{steps} backward passes in {self._calls} calls of engine.step(): at "
                 f"ZeRO stage {stage} DeepSpeed keeps only the last gradient of a step; call "
                 "engine.step() after each engine.backward(), or use coalesce_grad_reduction()"
             )
-
-    @contextmanager
-    def _lent_rates(self, steps: int) -> Iterator[list[dict[str, float]]]:
-        """Put the adapted rates into the groups for an update; yields the moments' numbers."""
-        groups, wrapper = self._wrapper.param_groups, self._wrapper
-        numbers = [dict(each) for each in self._second_moments]
-        rates, least = self._adaptation.rates(steps), self.config.min_beta2
-        decoupled = wrapper.decouples_weight_decay
-        values = [
-            scaled_values(group, each, rates, least, decoupled)
-            for group, each in zip(groups, numbers, strict=True)
-        ]
-        with overridden(groups, values):
-            yield numbers
-
-    def _tick(self, steps: int) -> None:
-        """Advance the engine's scheduler by as many updates as the window stands for."""
-        scheduler = self._engine.lr_scheduler
-        if self._settings.schedule == "updates":
-            ticks = 1
-        else:
-            ticks, self._since_tick = divmod(self._since_tick + steps, self._first_steps)
-        for _ in range(ticks if scheduler is not None else 0):
-            scheduler.step()
 
     # ------------------------------------------------------------------ ranks and words
 
@@ -324,15 +293,6 @@ class EngineNoise(NoiseReadings):
     def _user_lr(self) -> float:
         return max(float(group["lr"]) for group in self._wrapper.param_groups)
 
-    def _warn_of_schedule(self) -> None:
-        if self._settings.schedule == "updates" and self._engine.lr_scheduler is not None:
-            self._tell(
-                "the schedule",
-                f"the window is now {self.accumulation_steps} micro-batches, and the learning "
-                "rate's schedule counts updates: it stretches; say "
-                '"noise_aware": {"schedule": "samples"} to have it follow the samples',
-            )
-
     def _tell(self, of: str, text: str) -> None:
         """Warn on one rank, and of each thing once."""
         if of not in self._told and self._engine.global_rank == 0:
@@ -351,8 +311,7 @@ class EngineNoise(NoiseReadings):
         """The state as plain numbers. An open window is left behind, and counted."""
         return {
             "numbers": self._adaptation.to_numbers(dropped=len(self._leaves)),
-            "second_moments": [dict(each) for each in self._second_moments],
-            "since_tick": self._since_tick,
+            "control": self._control.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -363,25 +322,22 @@ class EngineNoise(NoiseReadings):
         """
         numbers: dict[str, Number] = state["numbers"]
         self._adaptation.load_numbers(numbers)
-        self._second_moments = [dict(each) for each in state["second_moments"]]
-        self._since_tick = int(state["since_tick"])
+        self._control.load_state_dict(state["control"])
         self._start_anew()
 
     def restart(self) -> None:
         """Begin as on the first day, as after loading a checkpoint that holds no state of ours."""
         self._adaptation.restart()
-        self._second_moments = self._wrapper.second_moments()
-        self._since_tick = 0
+        self._control.restart()
         self._start_anew()
 
     def _start_anew(self) -> None:
         self._leaves.clear()
         self._started = False
         # What the checkpoint has brought back of the engine's own may differ from ours.
-        self._lent_norm = (
-            self._adaptation.max_norm if self._adaptation.acts else self.config.max_norm
-        )
-        self._wrapper.set_max_norm(self._lent_norm)
+        acts = self._adaptation.acts
+        self._control.set_max_norm(self._adaptation.max_norm if acts else self.config.max_norm)
+        self._engine.micro_steps = 0
         self._ended = True
         self.open_window()
 

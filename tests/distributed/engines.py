@@ -151,11 +151,13 @@ def everyone(value):
     return values
 
 
-def plain_run(lengths, batches, model, dtype, optimizer_of, clip=0.05, loss=loss_of):
+def plain_run(lengths, batches, model, dtype, optimizer_of, clip=0.05, used=()):
     """The same training without DeepSpeed, by one process that takes every rank's micro-batches.
 
     Args:
         batches: those of each rank.
+        clip: the norm at which every update is clipped.
+        used: for each update that norm and the hyper-parameters of each group, if they change.
 
     Returns:
         For each window the squared norms in each group: the mean of the micro-batches' own, and
@@ -164,9 +166,9 @@ def plain_run(lengths, batches, model, dtype, optimizer_of, clip=0.05, loss=loss
     optimizer = optimizer_of(groups_of(model))
     params = [list(group["params"]) for group in optimizer.param_groups]
     norms, streams = [], [iter(each) for each in batches]
-    for length in lengths:
+    for index, length in enumerate(lengths):
         grads = [
-            micro_gradients(model, next(stream), dtype, loss, params)
+            micro_gradients(model, next(stream), dtype, params)
             for stream in streams
             for _ in range(length)
         ]
@@ -179,13 +181,17 @@ def plain_run(lengths, batches, model, dtype, optimizer_of, clip=0.05, loss=loss
         for group, mean_grads in zip(params, mean, strict=True):
             for param, grad in zip(group, mean_grads, strict=True):
                 param.grad = grad.float()
+        if used:
+            clip, values = used[index]
+            for group, value in zip(optimizer.param_groups, values, strict=True):
+                group.update(value)
         nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
     flat = [p.detach().flatten() for p in model.parameters() if p.requires_grad]
     return norms, torch.cat(flat)
 
 
-def micro_gradients(model, batch, dtype, loss, params):
+def micro_gradients(model, batch, dtype, params):
     """The gradient of one micro-batch in each group, as a model of this type has it."""
     flat = [p for group in params for p in group]
     if dtype == torch.float32:
@@ -195,7 +201,7 @@ def micro_gradients(model, batch, dtype, loss, params):
         index = {id(p): i for i, p in enumerate(model.parameters())}
         of_twin = list(twin.parameters())
         own = [of_twin[index[id(p)]] for p in flat]
-    value = loss(twin, tuple(part.to(dtype) for part in batch))
+    value = loss_of(twin, tuple(part.to(dtype) for part in batch))
     grads = iter(torch.autograd.grad(value, own, allow_unused=True))
     return [
         [torch.zeros_like(p) if (g := next(grads)) is None else g.float() for p in group]

@@ -23,6 +23,7 @@ FIRST, PLAN = 2, (3, 1, 4, 2)
 LENGTHS = [FIRST, *PLAN]
 STAGES = (0, 1, 2, 3)
 CONSTANT = 1e-9  # a rate that leaves the weights where they are
+LENT = ("lr", "betas", "weight_decay")
 NAN_AT, ADAPTIVE = 4, 440
 TO_CPU = {"device": "cpu"}
 OFFLOAD = {"zero_optimization": {"offload_optimizer": TO_CPU}, "zero_force_ds_cpu_optimizer": False}
@@ -103,6 +104,28 @@ def measured_run(rank, model="wide", client=False, scale=None, plan=PLAN, **sett
         return seen(engine, run(engine, batches_of(sum(LENGTHS), rank), plan))
 
 
+class WithLoss(nn.Module):
+    """A model that returns its loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = wide()
+
+    def forward(self, x, y):
+        return (self.layers(x) - y).square().mean()
+
+
+def own_loss_run(rank, **settings):
+    """The engine's own output, which DeepSpeed divides though told not to at some stages."""
+    engines.set_up(rank)
+    with engine_of(config_of(steps=FIRST, **settings), WithLoss()) as engine:
+        for batch in batches_of(2 * FIRST, rank):
+            loss = engine(*(part.to(engines.dtype_of(engine)) for part in batch))
+            engine.backward(loss, scale_wrt_gas=False)
+            engine.step()
+        return windows_of(engine)
+
+
 def zero_init_run(rank):
     deepspeed = engines.set_up(rank)
     config = config_of(stage=3, steps=FIRST)
@@ -169,8 +192,8 @@ def adaptive_run(rank, **settings):
         basic = engine.basic_optimizer
 
         def note(optimizer, args, kwargs):
-            group = optimizer.param_groups[0]
-            used.append((group["lr"], group["betas"][1], group["weight_decay"]))
+            values = [{name: group[name] for name in LENT} for group in optimizer.param_groups]
+            used.append((engine.gradient_clipping(), values))
 
         basic.register_step_pre_hook(note)
         lengths = run(engine, batches_of(ADAPTIVE, rank))
@@ -214,6 +237,12 @@ CASES |= {name: functools.partial(nan_run, **settings) for name, settings in NAN
 CASES |= {
     f"stage {stage} adaptive": functools.partial(adaptive_run, stage=stage) for stage in STAGES
 }
+OWN_LOSS = {
+    "stage 0": {"stage": 0},
+    "stage 2": {"stage": 2},
+    "fp32 sums": BF16["stage 1 fp32 sums"],
+}
+CASES |= {f"own loss, {n}": functools.partial(own_loss_run, **s) for n, s in OWN_LOSS.items()}
 CASES |= {"zero.Init": zero_init_run, "ddp": ddp_run}
 
 
@@ -262,6 +291,16 @@ def test_norms_and_weights_are_those_of_plain_pytorch(ranks, name):
     assert worst_norm(one["windows"], norms) < 1e-6
     torch.testing.assert_close(one["weights"], weights, rtol=0, atol=1e-7)
     assert all(window.clipped for window in one["windows"])
+
+
+@pytest.mark.parametrize(("name", "divided"), [("stage 0", 1), ("stage 2", 2), ("fp32 sums", 1)])
+def test_norms_go_together_whether_or_not_the_loss_was_divided(ranks, name, divided):
+    one, _ = result(ranks, f"own loss, {name}")
+    norms, _ = oracle(dtype=torch.bfloat16 if name == "fp32 sums" else torch.float32)
+    # At stage 2 the loop's word counts: the gradient is the sum of both, and so are the norms.
+    small, big = (sum(part) * divided**2 for part in norms[0])
+    assert sum(one[0].norms.small_sq) == pytest.approx(small, rel=5e-3)
+    assert sum(one[0].norms.big_sq) == pytest.approx(big, rel=5e-3)
 
 
 @pytest.mark.parametrize("name", BF16)
@@ -328,12 +367,27 @@ def test_an_engine_decides_as_our_optimizer_does_under_ddp(ranks, stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_weights_are_those_of_plain_pytorch_with_the_rates_that_were_lent(ranks, stage):
+    one, _ = result(ranks, f"stage {stage} adaptive")
+    used = result(ranks, "stage 0 adaptive")[0]["used"]  # where an update is one step
+    batches = [batches_of(ADAPTIVE, rank) for rank in range(RANKS)]
+    _, weights = engines.plain_run(
+        one["lengths"], batches, build(torch.float32), torch.float32, AdamW, used=used
+    )
+    assert len({clip for clip, _ in used}) > 2
+    torch.testing.assert_close(one["weights"], weights, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_rates_are_lent_for_the_update_and_taken_back(ranks, stage):
     one, _ = result(ranks, f"stage {stage} adaptive")
-    lr, beta2, decay = one["used"][-1]
-    assert lr > 1.05e-2
-    assert beta2 < 0.999
-    assert decay != 0.1
+    # ZeRO has an update in several steps, of a group each.
+    groups = [group for _, groups in one["used"][-2:] for group in groups]
+    assert all(group["lr"] > 1.05e-2 for group in groups)
+    assert all(group["betas"][1] < 0.999 for group in groups)
+    decays = {group["weight_decay"] for group in groups}
+    assert len(decays) == 2
+    assert not decays & {0.1}
     assert one["left"][0] == {"lr": 1e-2, "betas": (0.9, 0.999), "weight_decay": 0.1}
     assert one["left"][1]["weight_decay"] == 0.0
 

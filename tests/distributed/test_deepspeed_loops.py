@@ -3,7 +3,9 @@
 import csv
 import functools
 import logging
+import os
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch
 from tests.distributed import engines
 from tests.distributed.engines import GROWING, MEASURED, batches_of, config_of, engine_of, run
 from tests.distributed.ranks import result, run_on_ranks
+from tests.integrations.offline import Written
 from tests.optim.helpers import loss_of
 
 pytestmark = pytest.mark.distributed
@@ -271,6 +274,20 @@ def monitored(rank, folder):
         return engine.noise_aware.metrics(), engine.global_samples
 
 
+def logged(rank, folder):
+    """The same to the wandb run that the config opens."""
+    engines.set_up(rank)
+    os.environ |= {"WANDB_MODE": "offline", "WANDB_DIR": folder, "WANDB_SILENT": "true"}
+    Path(folder).mkdir(exist_ok=True)
+    with engine_of(config_of(wandb={"enabled": True, "project": "p"})) as engine:
+        run(engine, batches_of(4, rank), (2,))
+        if rank == 0:
+            import wandb
+
+            wandb.finish()
+        return engine.noise_aware.metrics(), engine.global_samples
+
+
 CASES = {
     **{f"resumed {s}": (resumed_run, {"stage": s}) for s in STAGES},
     **{f"resumed {s} bf16": (resumed_run, {"stage": s, "bf16": True}) for s in STAGES},
@@ -289,9 +306,10 @@ CASES = {
     **{f"advised {s}": (advised, {"stage": s, "bf16": False}) for s in STAGES},
     **{f"advised {s} bf16": (advised, {"stage": s, "bf16": True}) for s in STAGES},
     "monitored": (monitored, {}),
+    "logged": (logged, {}),
 }
 OWNED = [name for name, (case, _) in CASES.items() if case is owned_run]
-IN_FOLDERS = (resumed_run, other_loads, monitored)
+IN_FOLDERS = (resumed_run, other_loads, monitored, logged)
 
 
 @pytest.fixture(scope="module")
@@ -418,3 +436,11 @@ def test_decisions_go_to_the_engines_monitor(ranks, folders):
         rows = list(csv.reader(path.read_text().splitlines()))
         assert rows[0] == ["step", name.split("/")[-1]]
         assert (int(rows[-1][0]), float(rows[-1][1])) == (samples, pytest.approx(value))
+
+
+def test_decisions_go_to_the_wandb_run_that_the_config_opens(ranks, folders):
+    (metrics, samples), _ = result(ranks, "logged")
+    row = Written(folders / "logged").rows[-1]
+    assert row["_step"] == samples
+    assert row["Train/Samples/lr"] == 1e-3
+    assert {name: row[name] for name in metrics} == pytest.approx(metrics)

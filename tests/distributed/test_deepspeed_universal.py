@@ -14,6 +14,7 @@ from tests.distributed.ranks import result, run_on_ranks
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 STAGES = (1, 2, 3)
+PLAIN = 0  # whose checkpoints are whole by themselves
 NOISE = GROWING | {"decision_interval": 2, "max_accumulation_steps": 16}
 ADAPTIVE = {"noise": NOISE, "lr": 1e-2, "gradient_clipping": 10.0}
 CONVERT = [sys.executable, "-W", "ignore", "-m", "deepspeed.checkpoint.ds_to_universal"]
@@ -41,7 +42,7 @@ def saved(rank, folder, stage):
 
 def loaded(rank, folder, stage):
     engines.set_up(rank)
-    universal = {"load_universal": True}
+    universal = {"load_universal": stage != PLAIN}
     with engine_of(config_of(stage, checkpoint=universal, **ADAPTIVE)) as engine:
         engine.load_checkpoint(folder)
         here = facts(engine)
@@ -53,9 +54,12 @@ def loaded(rank, folder, stage):
 def runs(tmp_path_factory):
     """What two ranks have saved, and what one has loaded of it."""
     folder = tmp_path_factory.mktemp("universal")
-    where = {str(stage): {"folder": str(folder / str(stage)), "stage": stage} for stage in STAGES}
+    where = {
+        str(stage): {"folder": str(folder / str(stage)), "stage": stage}
+        for stage in (PLAIN, *STAGES)
+    }
     two = run_on_ranks(bound(saved, where), tmp_path_factory.mktemp("two"))
-    for name in where:
+    for name in map(str, STAGES):
         tag = (folder / name / "latest").read_text().strip()
         source, target = folder / name / tag, folder / name / f"{tag}_universal"
         subprocess.run(
@@ -70,7 +74,7 @@ def bound(case, where):
     return {name: functools.partial(case, **settings) for name, settings in where.items()}
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [PLAIN, *STAGES])
 def test_one_rank_goes_on_where_two_stopped(runs, stage):
     two, one = runs
     before, (after,) = result(two, str(stage))[0], result(one, str(stage))

@@ -32,8 +32,7 @@ ENVIRONMENT = {
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # as the examples say
 }
 
-# one worker makes the runs once for all of them
-pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.xdist_group("examples")]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 
 def torchrun(*command, ranks=RANKS, restarts=0, fails=False):

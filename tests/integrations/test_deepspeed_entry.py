@@ -22,7 +22,6 @@ from tests.integrations.test_deepspeed_section import (
     BASE,
     engine_for,
     kind,
-    needs_deepspeed,
     net,
     refusal,
     section,
@@ -30,7 +29,7 @@ from tests.integrations.test_deepspeed_section import (
     zero,
 )
 
-pytestmark = [needs_deepspeed, pytest.mark.distributed]
+pytestmark = pytest.mark.distributed
 
 REPLACED = ("DeepSpeedEngine", "DeepSpeedHybridEngine", "DualPipeVEngine", "PipelineEngine")
 UNTESTED = {"zero_allow_untested_optimizer": True}

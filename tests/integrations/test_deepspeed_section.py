@@ -4,7 +4,6 @@ Every case is a real `initialize` in one worker of its own, since importing deep
 """
 
 import copy
-import importlib.util
 import math
 import os
 
@@ -13,10 +12,7 @@ import torch
 
 from tests.distributed.ranks import result, run_on_ranks
 
-needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
-)
-pytestmark = [needs_deepspeed, pytest.mark.distributed]
+pytestmark = pytest.mark.distributed
 
 BASE = {
     "train_micro_batch_size_per_gpu": 2,

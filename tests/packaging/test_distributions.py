@@ -23,7 +23,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 # one worker builds once for all of them
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
+pytestmark = pytest.mark.slow
 
 
 def run(*command: str | Path, **environment: str | Path) -> str:
