@@ -269,6 +269,10 @@ def _plans_samples(config: Any) -> bool:
     return bool(config.data_efficiency_enabled and sampling["enabled"])
 
 
+def _is_fp16_without_zero(config: Any) -> bool:
+    return bool(config.float16_config.enabled and not config.zero_enabled)
+
+
 def _autocasts_to_fp16(config: Any) -> bool:
     return bool(config.torch_autocast_enabled and config.torch_autocast_dtype == torch.float16)
 
@@ -320,6 +324,12 @@ _REFUSALS = (
         "bf16.check_grad_overflow",
         _keeps_overflow,
         "an update that is not finite would be applied; set it to true",
+    ),
+    _Refusal(
+        "fp16",
+        _is_fp16_without_zero,
+        "without ZeRO DeepSpeed divides gradients by a loss scale that it has not applied; use "
+        "ZeRO stage 1, or bf16",
     ),
     _Refusal(
         "torch_autocast.dtype",

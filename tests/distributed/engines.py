@@ -35,13 +35,17 @@ GROWING = {
 
 
 def set_up(rank):
-    """What a launcher would have set, and no C++ extension for shared memory."""
+    """What a launcher would have set, no C++ extension for shared memory, and fp16 on the CPU.
+
+    DeepSpeed refuses that there, where torch can do it by now.
+    """
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ["WORLD_SIZE"] = str(dist.get_world_size())
     os.environ |= {"DS_ACCELERATOR": "cpu", "DEEPSPEED_LOG_LEVEL": "error"}
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     return deepspeed
 
 

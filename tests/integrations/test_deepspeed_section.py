@@ -71,6 +71,7 @@ CONTRADICTIONS = {
         {"bf16": {"enabled": True, "check_grad_overflow": False}},
         ["bf16.check_grad_overflow", "set it to true"],
     ),
+    "fp16 without ZeRO": ({"fp16": {"enabled": True}}, ['"fp16"', "ZeRO stage 1"]),
     "autocast to fp16": (
         {"torch_autocast": {"enabled": True, "dtype": "fp16"}},
         ["torch_autocast.dtype", '"bfloat16"'],
