@@ -25,6 +25,7 @@ class LeafNorms:
         norms: |f_i g_i|^2 of each backward, shape (groups,).
         factors: f_i of each backward, 0-d.
         strays: whether gradients came outside of `reading`, as by a direct `loss.backward()`.
+        unread: whether a gradient came in parts, whose norms do not add, or past its hook.
     """
 
     def __init__(self, groups: Sequence[Sequence[Tensor]], device: torch.device) -> None:
@@ -32,41 +33,40 @@ class LeafNorms:
         self._num_groups = len(groups)
         self._reads = False
         self._arrived: dict[Tensor, tuple[int, Tensor]] = {}
-        self._unknown = False
         self.norms: list[Tensor] = []
         self.factors: list[Tensor] = []
-        self.strays = False
-        self._handles = [
-            _hook(param, self._reader(param, index))
-            for index, params in enumerate(groups)
-            for param in params
-            if param.requires_grad
-        ]
+        self.strays = self.unread = False
+        self._handles: list[Any] = []
+        for index, params in enumerate(groups):
+            for param in params:
+                if param.requires_grad:
+                    self._watch(param, index)
 
     def __len__(self) -> int:
         """How many backward passes the open window has had."""
         return len(self.norms)
 
     @contextmanager
-    def reading(self, loss: Tensor) -> Iterator[None]:
+    def reading(self, loss: Any) -> Iterator[None]:
         """Read what the backward of this loss brings."""
-        self._reads, self._unknown = True, False
+        self._reads = True
         self._arrived.clear()
         factors: list[Tensor] = []
-        handle = _hook(loss, lambda grad: factors.append(grad.detach()))
+        handle = loss.register_hook(lambda grad: factors.append(grad.detach()))
         try:
             yield
         finally:
             handle.remove()
             self._reads = False
         norms = torch.stack([self._joined(index) for index in range(self._num_groups)])
-        self.norms.append(norms * torch.nan if self._unknown else norms)
+        self.norms.append(norms)
         self.factors.append(factors[0].to(norms.device, norms.dtype, non_blocking=True))
         self._arrived.clear()
 
     def clear(self) -> None:
         """Start the next window."""
-        self.norms, self.factors, self.strays = [], [], False
+        self.norms, self.factors = [], []
+        self.strays = self.unread = False
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -74,22 +74,26 @@ class LeafNorms:
             handle.remove()
         self._handles.clear()
 
+    def _watch(self, param: Any, group: int) -> None:
+        self._handles.append(param.register_hook(self._reader(param, group)))
+        self._handles.append(param.register_post_accumulate_grad_hook(self._confirm))
+
     def _reader(self, param: Tensor, group: int) -> Callable[[Tensor], None]:
         def read(grad: Tensor) -> None:
             if not self._reads:
                 self.strays = True
                 return
-            # In two parts, as of a parameter that is used inside and outside of a reentrant
-            # checkpoint, a gradient's norm is not known.
-            self._unknown |= param in self._arrived
+            # In two parts it comes where a parameter is used inside and outside of a reentrant
+            # checkpoint.
+            self.unread |= param in self._arrived
             self._arrived[param] = group, begun_norm(grad)
 
         return read
 
+    def _confirm(self, param: Tensor) -> None:
+        """After accumulation: torch 2.6 loses the hook of a custom function in a checkpoint."""
+        self.unread |= self._reads and param not in self._arrived
+
     def _joined(self, group: int) -> Tensor:
         begun = [norm for index, norm in self._arrived.values() if index == group]
         return joined_norm(begun, self._device)
-
-
-def _hook(tensor: Any, function: Callable[[Tensor], None]) -> Any:
-    return tensor.register_hook(function)

