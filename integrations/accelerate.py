@@ -8,7 +8,10 @@
 Without it Accelerate keeps the windows of its own settings, and learning rate and clipping adapt.
 """
 
+import logging
 from typing import Any
+
+logger = logging.getLogger("noiseopt")
 
 
 def follow_windows(accelerator: Any) -> None:
@@ -30,6 +33,13 @@ def follow_windows(accelerator: Any) -> None:
             "the accelerator has no noise-aware engine: call "
             "noiseopt.integrations.deepspeed.enable() and accelerator.prepare(...) before, with a "
             'DeepSpeed config that has the section "noise_aware"'
+        )
+
+    if any(type(each).__name__ == "AcceleratedScheduler" for each in accelerator._schedulers):
+        logger.warning(
+            "the learning rate's scheduler was given to accelerator.prepare(), which advances it "
+            "once for each update: it stretches as windows grow; name it in the DeepSpeed config, "
+            "where it follows the samples"
         )
 
     def set_window(steps: int) -> None:

@@ -334,7 +334,10 @@ class Adaptation:
         state = from_numbers(self._controller.state, numbers)
         low, high = self.config.min_accumulation_steps, self.config.max_accumulation_steps
         steps = min(max(state.accumulation_steps, low), high)
-        self._go_on(self._controller.at(replace(state, accumulation_steps=steps)))
+        ceiling = self.config.max_norm
+        max_norm = min(state.max_norm, ceiling) if self.config.adapt_clip else ceiling
+        state = replace(state, accumulation_steps=steps, max_norm=max_norm)
+        self._go_on(self._controller.at(state))
 
     def add_group(self) -> None:
         """Measure one more parameter group."""

@@ -1,8 +1,10 @@
 """What is decided, carried out on an engine: window, clipping threshold, rates and schedule."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+
+from deepspeed.runtime.engine import DeepSpeedEngine
 
 from noiseopt.control import Rates
 from noiseopt.integrations.deepspeed.section import Settings
@@ -20,11 +22,14 @@ class EngineControl:
 
     Attributes:
         max_norm: the norm at which the engine clips; infinite for never.
+        loop_ends_windows: whether the loop says where windows end, and not the engine's counter.
     """
 
     def __init__(self, engine: Any, wrapper: Wrapper, settings: Settings) -> None:
         self._engine, self._wrapper, self._settings = engine, wrapper, settings
         self._first_steps = settings.config.accumulation_steps
+        self._led: Callable[[int], None] | None = None
+        self.loop_ends_windows = False
         self.max_norm = settings.config.max_norm
         self.restart()
 
@@ -33,14 +38,30 @@ class EngineControl:
         self._second_moments = self._wrapper.second_moments()
         self._since_tick = 0
 
+    # ------------------------------------------------------------------ between updates
+
+    @property
+    def makes_windows(self) -> bool:
+        """Whether windows are as long as was decided."""
+        acts = self._settings.config.mode == "auto"
+        return acts and (self._led is not None or not self.loop_ends_windows)
+
+    def lead(self, set_window: Callable[[int], None]) -> None:
+        """Have a loop that says where windows end be told of each one's length as it opens."""
+        self.loop_ends_windows, self._led = True, set_window
+
     def set_window(self, steps: int) -> None:
         """Make the window that begins now exactly so many micro-batches long."""
         engine = self._engine
         micro_batch = engine.train_micro_batch_size_per_gpu()
-        engine.set_train_batch_size(micro_batch * engine.dp_world_size * steps)
-        engine.tput_timer.batch_size = engine.train_batch_size()
+        # The engine's own setter is closed to the user, who would be overruled.
+        batch = micro_batch * engine.dp_world_size * steps
+        DeepSpeedEngine.set_train_batch_size(engine, batch)
+        engine.tput_timer.batch_size = batch
         # The engine takes micro_steps modulo the window: counted from here, none is cut short.
         engine.micro_steps = 0
+        if self._led is not None:
+            self._led(steps)
 
     def set_max_norm(self, max_norm: float) -> None:
         """Clip from the next update on at this norm; never, if it is infinite."""
@@ -51,6 +72,8 @@ class EngineControl:
     def stretches_schedule(self) -> bool:
         """Whether longer windows stretch the engine's schedule."""
         return self._settings.schedule == "updates" and self._engine.lr_scheduler is not None
+
+    # ------------------------------------------------------------------ in an update
 
     @contextmanager
     def lent(self, rates: Rates, steps: int, lr_kwargs: Mapping[str, Any]) -> Iterator[None]:
@@ -85,12 +108,19 @@ class EngineControl:
             engine.lr_scheduler = scheduler
 
     def _advance(self, steps: int, lr_kwargs: Mapping[str, Any]) -> None:
-        ticks = 1
-        if self._settings.schedule == "samples":
+        ticks, scheduler = 1, self._engine.lr_scheduler
+        if self._settings.schedule == "samples" and self.makes_windows and not lr_kwargs:
             ticks, self._since_tick = divmod(self._since_tick + steps, self._first_steps)
-        if self._engine.lr_scheduler is not None:
+        if scheduler is None:
+            return
+        try:
             for _ in range(ticks):
-                self._engine.lr_scheduler.step(**lr_kwargs)
+                scheduler.step(**lr_kwargs)
+        except TypeError:
+            # As in DeepSpeed: Megatron's schedulers take how many samples they advance by.
+            scheduler.step(self._engine.train_batch_size())
+
+    # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
         """What outlives the process, as plain numbers."""

@@ -58,7 +58,7 @@ class NoiseAwareEngine(DeepSpeedEngine):  # type: ignore[misc]
         """Take a micro-batch; at the window's end update, and open the next window."""
         super().step(lr_kwargs)
         if self.noise_aware is not None:
-            self.noise_aware.open_window()
+            self.noise_aware.close_window()
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
         if self.noise_aware is None:
@@ -85,6 +85,25 @@ class NoiseAwareEngine(DeepSpeedEngine):  # type: ignore[misc]
         self._leave_windows("coalesce_grad_reduction()")
         with super().coalesce_grad_reduction():
             yield
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Set the batch, as in DeepSpeed, unless it is decided by the noise."""
+        if self.noise_aware is not None and self.noise_aware.makes_windows:
+            raise RuntimeError(
+                "set_train_batch_size() while the noise decides on it: limit it by "
+                f'"{SECTION}": {{"max_accumulation_steps": ...}}, or set "mode" to "advise"'
+            )
+        super().set_train_batch_size(train_batch_size)
+
+    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Set the micro-batch, as in DeepSpeed, if the loop tells how many samples each holds."""
+        if self.noise_aware is not None and not self.noise_aware.tells_samples:
+            raise RuntimeError(
+                "set_train_micro_batch_size() while every micro-batch counts as "
+                f"{self.noise_aware.config.samples_per_micro_batch} samples: from the first one "
+                "on, call engine.noise_aware.set_samples(n) before each"
+            )
+        super().set_train_micro_batch_size(micro_batch_size)
 
     def _leave_windows(self, why: str) -> None:
         if self.noise_aware is not None:
@@ -115,8 +134,12 @@ class NoiseAwareEngine(DeepSpeedEngine):  # type: ignore[misc]
         With `load_module_only`, or without the optimizer's state, measuring starts anew.
 
         Raises:
-            ValueError: the state is of another version or number of parameter groups.
+            RuntimeError: a window is open; nothing is loaded then.
+            ValueError: the state is of another version or number of parameter groups. What
+                DeepSpeed itself has loaded by then stays.
         """
+        if self.noise_aware is not None:
+            _refuse_open_window(self.noise_aware)
         path, state = super().load_checkpoint(
             load_dir,
             tag,
@@ -140,6 +163,15 @@ class NoiseAwareEngine(DeepSpeedEngine):  # type: ignore[misc]
         if self.noise_aware is not None:
             self.noise_aware.detach()
         super().destroy()
+
+
+def _refuse_open_window(noise: EngineNoise) -> None:
+    if len(noise):
+        raise RuntimeError(
+            f"load_checkpoint() after {len(noise)} of {noise.accumulation_steps} micro-batches of "
+            "a window, whose gradients DeepSpeed would keep: call it where "
+            "engine.was_step_applied()"
+        )
 
 
 def refusing(engine_class: type[Any]) -> type[Any]:

@@ -37,10 +37,8 @@ class LeafNorms:
         self.factors: list[Tensor] = []
         self.strays = self.unread = False
         self._handles: list[Any] = []
-        for index, params in enumerate(groups):
-            for param in params:
-                if param.requires_grad:
-                    self._watch(param, index)
+        self._unwatched = [(p, index) for index, params in enumerate(groups) for p in params]
+        self._watch_unfrozen()
 
     def __len__(self) -> int:
         """How many backward passes the open window has had."""
@@ -49,10 +47,11 @@ class LeafNorms:
     @contextmanager
     def reading(self, loss: Any) -> Iterator[None]:
         """Read what the backward of this loss brings."""
-        self._reads = True
-        self._arrived.clear()
         factors: list[Tensor] = []
         handle = loss.register_hook(lambda grad: factors.append(grad.detach()))
+        self._watch_unfrozen()
+        self._arrived.clear()
+        self._reads = True
         try:
             yield
         finally:
@@ -73,6 +72,13 @@ class LeafNorms:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def _watch_unfrozen(self) -> None:
+        """Watch what was frozen until now; ZeRO leaves what is frozen at first as it is."""
+        for param, group in self._unwatched:
+            if param.requires_grad:
+                self._watch(param, group)
+        self._unwatched = [pair for pair in self._unwatched if not pair[0].requires_grad]
 
     def _watch(self, param: Any, group: int) -> None:
         self._handles.append(param.register_hook(self._reader(param, group)))

@@ -14,11 +14,10 @@ from noiseopt.control import Decision, NoiseConfig, metrics
 from noiseopt.distributed import Ranks, digest
 from noiseopt.integrations.deepspeed.control import EngineControl
 from noiseopt.integrations.deepspeed.leaves import LeafNorms
+from noiseopt.integrations.deepspeed.loop import LoopWatch
 from noiseopt.integrations.deepspeed.section import Settings
 from noiseopt.integrations.deepspeed.wrappers import PlainWrapper, wrapper_of
 from noiseopt.readings import NoiseReadings
-
-KEEPS_LAST_ONLY = (1, 2)  # stages that lose all but the last of several backwards in one step
 
 logger = logging.getLogger("noiseopt")
 
@@ -28,6 +27,10 @@ class EngineNoise(NoiseReadings):
 
     It is `engine.noise_aware`. Besides the readings of an optimizer it tells `config`, the
     settings, and `rule_name`, for a `DecisionLog`.
+
+    Attributes:
+        rule_name: the learning-rate rule: a key of `noiseopt.control.RATE_RULES`.
+        tells_samples: whether the loop has said how many samples micro-batches hold.
 
     Args:
         engine: the engine, whose optimizer is there already.
@@ -52,11 +55,9 @@ class EngineNoise(NoiseReadings):
         self._adaptation.settings = self._hyper_parameters
         self._leaves = LeafNorms(self._groups, self._device)
         self._control = EngineControl(engine, self._wrapper, settings)
-        self._began_at = 0  # the engine's micro_steps when the window was opened
-        self._loop_owns_windows = False
-        self._set_loops_window: Callable[[int], None] | None = None
-        self._started = self._ended = False
-        self._told: set[str] = set()
+        self._loop = LoopWatch(engine, self._leaves, self._control)
+        self._ended: tuple[Tensor, float] | None = None  # a window's row, and the user's rate in it
+        self._started = self.tells_samples = False
         if engine.monitor.enabled:
             self.add_observer(self._write_events)
         if not engine.managed_gradient_accumulation():
@@ -89,6 +90,28 @@ class EngineNoise(NoiseReadings):
         """The norm at which the open window's gradient is clipped; infinite for never."""
         return self._control.max_norm
 
+    @property
+    def makes_windows(self) -> bool:
+        """Whether windows are as long as was decided, and not as someone else says."""
+        return self._control.makes_windows
+
+    def set_samples(self, samples: float, weight: float | None = None) -> None:
+        """Say how many samples the next micro-batch holds; the engine weighs all alike.
+
+        Raises:
+            ValueError: a number is not positive and finite.
+        """
+        self.tells_samples = True
+        super().set_samples(samples, weight)
+
+    def __len__(self) -> int:
+        """Micro-batches in the open window."""
+        return len(self._leaves)
+
+    def __bool__(self) -> bool:
+        """It is there, however many micro-batches its window has."""
+        return True
+
     def detach(self) -> None:
         """Stop measuring: remove every hook."""
         self._leaves.detach()
@@ -117,11 +140,11 @@ class EngineNoise(NoiseReadings):
         Raises:
             RuntimeError: the loop has ended a window by itself before.
         """
-        if self._loop_owns_windows and not self._set_loops_window:
+        if self._control.loop_ends_windows and not self._control.makes_windows:
             raise RuntimeError(
                 "the loop has ended windows by itself: lead it from the first one on"
             )
-        self._loop_owns_windows, self._set_loops_window = True, set_window
+        self._control.lead(set_window)
         set_window(self.accumulation_steps)
 
     def leave_windows_to_loop(self, why: str) -> None:
@@ -130,19 +153,19 @@ class EngineNoise(NoiseReadings):
         Raises:
             RuntimeError: their length was changed before.
         """
-        if self._loop_owns_windows:
+        if self._control.loop_ends_windows:
             return
         if self.accumulation_steps != self.config.accumulation_steps:
             raise RuntimeError(
                 f"{why}: the loop says where windows end, after the engine had made them "
                 f"{self.accumulation_steps} micro-batches long: do so from the first one on"
             )
-        self._loop_owns_windows = True
+        self._control.loop_ends_windows = True
         self._adaptation.keep_window()
-        self._tell(
+        self._loop.tell(
             "the loop's windows",
-            f"{why}: the loop says where windows end, so they stay at {self.accumulation_steps} "
-            "micro-batches; learning rate and clipping adapt",
+            f"{why}: the loop says where windows end, so the engine leaves them as they are; "
+            "learning rate and clipping adapt",
         )
 
     @contextmanager
@@ -157,9 +180,11 @@ class EngineNoise(NoiseReadings):
         """
         steps = len(self._leaves)
         if steps == 0:
+            self._loop.shows_each(steps)  # which tells why there is nothing to measure
+            self._leaves.clear()
             yield
             return
-        self._check_passes(steps)
+        self._loop.check_passes(steps)
         if not self._started:
             self._start()
         mean = squared_norms(self._wrapper.mean(), self._device) / self._wrapper.loss_scale**2
@@ -170,14 +195,13 @@ class EngineNoise(NoiseReadings):
         applied = self._engine.was_step_applied()
         end_row(row, applied, applied and self._norm(mean) > self.max_norm)
         self._leaves.clear()
-        self._ended = True
-        self._adaptation.close_window(row, lambda: lr)
+        self._ended = row, lr
 
     @contextmanager
     def _finite(self, mean: Tensor) -> Iterator[None]:
         """Withhold a mean that is not finite from an optimizer that would apply it."""
-        wrapper = self._wrapper
-        if isinstance(wrapper, PlainWrapper) and not self._norm(mean) < torch.inf:
+        wrapper, acts = self._wrapper, self._adaptation.acts
+        if isinstance(wrapper, PlainWrapper) and acts and not self._norm(mean) < torch.inf:
             with wrapper.withheld():
                 yield
         else:
@@ -190,26 +214,32 @@ class EngineNoise(NoiseReadings):
         norm: Tensor | float = self._engine.get_global_grad_norm()
         return norm
 
-    def open_window(self) -> None:
-        """After a step: give the engine the next window, exactly as long as was decided."""
-        if not self._ended:
-            return
-        self._ended = False
-        if self._adaptation.acts:
-            self._carry_out(self._adaptation.max_norm)
-        self._began_at = self._engine.micro_steps
+    def close_window(self) -> None:
+        """After a step: decide if it was due, and give the engine its next window.
 
-    def _carry_out(self, max_norm: float) -> None:
-        steps = self.accumulation_steps
-        if max_norm != self.max_norm:
-            self._control.set_max_norm(max_norm)
-        if self._loop_owns_windows and not self._set_loops_window:
+        Observers come last but for that: one that raises finds everything in place.
+        """
+        if self._ended is None:
             return
+        (row, lr), self._ended = self._ended, None
+        try:
+            self._adaptation.close_window(row, lambda: lr)
+        finally:
+            self._open_window()
+
+    def _open_window(self) -> None:
+        """Have the engine's next window exactly as long as was decided."""
+        if self._adaptation.acts:
+            if self._adaptation.max_norm != self.max_norm:
+                self._control.set_max_norm(self._adaptation.max_norm)
+            if self._control.makes_windows:
+                self._set_window(self.accumulation_steps)
+        self._loop.begin_window()
+
+    def _set_window(self, steps: int) -> None:
         self._control.set_window(steps)
-        if self._set_loops_window:
-            self._set_loops_window(steps)
         if steps != self.config.accumulation_steps and self._control.stretches_schedule:
-            self._tell(
+            self._loop.tell(
                 "the schedule",
                 f"the window is now {steps} micro-batches, and the learning rate's schedule counts "
                 'updates: it stretches; say "noise_aware": {"schedule": "samples"} to have it '
@@ -230,53 +260,10 @@ class EngineNoise(NoiseReadings):
         share_sq = factors.sum().clamp(max=1.0).square()
         scale_sq = weights.square() * share_sq * self._wrapper.loss_scale**2
         small = torch.stack(leaves.norms) / scale_sq[:, None]
-        big = mean / share_sq if self._sees_each(steps) else mean * torch.nan
+        big = mean / share_sq if self._loop.shows_each(steps) else mean * torch.nan
         samples = weights.new_tensor(self._adaptation.window_samples(steps))
         used = weights * small.sum(1).isfinite()
         return Measured(small, big, samples, used, None)
-
-    def _sees_each(self, steps: int) -> bool:
-        """Whether each micro-batch was read in one backward of its own."""
-        if self._leaves.strays:
-            self._tell(
-                "strays",
-                "a backward ran outside of engine.backward(loss): windows with one are not "
-                "measured; call engine.backward",
-            )
-            return False
-        if self._leaves.unread:
-            self._tell(
-                "unread",
-                "a parameter's gradient came in parts or unread, as where it is used inside and "
-                "outside of a reentrant checkpoint: windows with one are not measured; use "
-                "checkpoint(use_reentrant=False), and a newer torch",
-            )
-            return False
-        if self._loop_owns_windows or steps == self._calls:
-            return True
-        self._tell(
-            "passes",
-            f"{steps} backward passes in {self._calls} calls of engine.step(): such "
-            "windows are not measured; add the losses up and call engine.backward once for each",
-        )
-        return False
-
-    @property
-    def _calls(self) -> int:
-        """How often `engine.step` was called in the window, at its last call."""
-        return int(self._engine.micro_steps) - self._began_at + 1
-
-    def _check_passes(self, steps: int) -> None:
-        engine = self._engine
-        stage = int(engine.zero_optimization_stage())
-        if self._loop_owns_windows or stage not in KEEPS_LAST_ONLY:
-            return
-        if steps > engine.gradient_accumulation_steps():
-            raise RuntimeError(
-                f"{steps} backward passes in {self._calls} calls of engine.step(): at "
-                f"ZeRO stage {stage} DeepSpeed keeps only the last gradient of a step; call "
-                "engine.step() after each engine.backward(), or use coalesce_grad_reduction()"
-            )
 
     # ------------------------------------------------------------------ ranks and words
 
@@ -305,12 +292,6 @@ class EngineNoise(NoiseReadings):
     def _user_lr(self) -> float:
         return max(float(group["lr"]) for group in self._wrapper.param_groups)
 
-    def _tell(self, of: str, text: str) -> None:
-        """Warn on one rank, and of each thing once."""
-        if of not in self._told and self._engine.global_rank == 0:
-            logger.warning("%s", text)
-        self._told.add(of)
-
     def _write_events(self, decision: Decision) -> None:
         """Send a decision to wandb, TensorBoard and CSV files, as far as the config opens them."""
         samples = self._engine.global_samples
@@ -330,7 +311,7 @@ class EngineNoise(NoiseReadings):
         """Go on from a state, and give the engine its window and clipping threshold.
 
         Raises:
-            ValueError: it is of another version or number of groups; nothing is changed then.
+            ValueError: it is of another version or number of groups; nothing is changed here then.
         """
         numbers: dict[str, Number] = state["numbers"]
         self._adaptation.load_numbers(numbers)
@@ -350,8 +331,7 @@ class EngineNoise(NoiseReadings):
         acts = self._adaptation.acts
         self._control.set_max_norm(self._adaptation.max_norm if acts else self.config.max_norm)
         self._engine.micro_steps = 0
-        self._ended = True
-        self.open_window()
+        self._open_window()
 
 
 def _shape(param: Any) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """DeepSpeed engines for tests, with all that can differ in them, and a plain loop over them."""
 
 import copy
+import logging
 import os
 from contextlib import contextmanager
 
@@ -32,6 +33,22 @@ GROWING = {
     "max_accumulation_steps": 4,
     "verify": False,
 }
+
+
+class Warnings(logging.Handler):
+    """What the package warns of, meanwhile."""
+
+    def __enter__(self):
+        self.texts = []
+        logging.getLogger("noiseopt").addHandler(self)
+        return self.texts
+
+    def __exit__(self, *exception):
+        logging.getLogger("noiseopt").removeHandler(self)
+
+    def emit(self, record):
+        if record.levelno >= logging.WARNING:
+            self.texts.append(record.getMessage())
 
 
 def set_up(rank):

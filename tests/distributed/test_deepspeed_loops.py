@@ -2,7 +2,6 @@
 
 import csv
 import functools
-import logging
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,7 +10,15 @@ import pytest
 import torch
 
 from tests.distributed import engines
-from tests.distributed.engines import GROWING, MEASURED, batches_of, config_of, engine_of, run
+from tests.distributed.engines import (
+    GROWING,
+    MEASURED,
+    Warnings,
+    batches_of,
+    config_of,
+    engine_of,
+    run,
+)
 from tests.distributed.ranks import result, run_on_ranks
 from tests.integrations.offline import Written
 from tests.optim.helpers import loss_of
@@ -23,22 +30,6 @@ BATCHES, SAVED_AT = 120, 60
 ADAPTIVE = {"noise": GROWING | {"decision_interval": 2}, "lr": 1e-2, "gradient_clipping": 10.0}
 WARMUP = {"type": "WarmupLR", "params": {"warmup_num_steps": 1000, "warmup_type": "linear"}}
 SHORT = {"type": "WarmupLR", "params": {"warmup_num_steps": 6, "warmup_max_lr": 1e-2}}
-
-
-class Warnings(logging.Handler):
-    """What the package warns of, meanwhile."""
-
-    def __enter__(self):
-        self.texts = []
-        logging.getLogger("noiseopt").addHandler(self)
-        return self.texts
-
-    def __exit__(self, *exception):
-        logging.getLogger("noiseopt").removeHandler(self)
-
-    def emit(self, record):
-        if record.levelno >= logging.WARNING:
-            self.texts.append(record.getMessage())
 
 
 def step(engine, batch):
@@ -144,13 +135,18 @@ def owned_run(rank, way, stage):
     engines.set_up(rank)
     more = {"managed_gradient_accumulation": False} if way == "unmanaged" else {}
     steps = 3 if way in ("boundary", "unmanaged") else 1
-    config = config_of(stage, steps=steps, noise=GROWING, lr=1e-2, gradient_clipping=10.0, **more)
+    more |= {"noise": GROWING, "lr": 1e-2, "gradient_clipping": 10.0, "scheduler": WARMUP}
+    config = config_of(stage, steps=steps, **more)
     with Warnings() as texts, engine_of(config) as engine:
         contexts = {"no_sync": engine.no_sync, "coalesce": engine.coalesce_grad_reduction}
         batches = batches_of(90, rank)
         for at in range(0, len(batches), 3):
             own_window(engine, way, batches[at : at + 3], contexts.get(way, nullcontext))
-        return facts(engine) | {"texts": texts, "updates": engine.noise_aware.num_updates}
+        updates, ticks = (
+            engine.noise_aware.num_updates,
+            engine.lr_scheduler.last_batch_iteration + 1,
+        )
+        return facts(engine) | {"texts": texts, "updates": updates, "ticks": ticks}
 
 
 def own_window(engine, way, batches, context):
@@ -242,27 +238,173 @@ def differing(rank):
 # ------------------------------------------------------------------ nothing is changed by watching
 
 
-def advised(rank, stage, bf16):
-    """Weights with mode "advise", and those of DeepSpeed alone."""
+def usual(engine, batches):
+    for batch in batches:
+        step(engine, cast(engine, batch))
+
+
+def twice_in_a_step(engine, batches):
+    for one, other in zip(batches[::2], batches[1::2], strict=True):
+        engine.backward(loss_of(engine, one))
+        step(engine, other)
+
+
+def again_through_a_graph(engine, batches):
+    for batch in batches:
+        loss = loss_of(engine, batch)
+        engine.backward(loss, retain_graph=True)
+        engine.backward(loss)
+        engine.step()
+
+
+def with_a_penalty(engine, batches):
+    for inputs, targets in batches:
+        inputs.requires_grad_()
+        outputs = engine.module(inputs)
+        (slopes,) = torch.autograd.grad(outputs.sum(), inputs, create_graph=True)
+        engine.backward((outputs - targets).square().mean() + slopes.square().mean())
+        engine.step()
+
+
+def with_own_batches(engine, batches):
+    for index, batch in enumerate(batches):
+        if engine.was_step_applied():
+            engine.micro_steps = 0
+            engine.set_train_batch_size(2 * engines.MICRO_BATCH * (1 + index % 3))
+        step(engine, batch)
+
+
+LOOPS = {
+    "usual": usual,
+    "twice in a step": twice_in_a_step,
+    "again through a graph": again_through_a_graph,
+    "with a penalty": with_a_penalty,
+    "with own batches": with_own_batches,
+}
+
+
+def advised(rank, stage, bf16=False, loop="usual"):
+    """Weights and rates with mode "advise", and those of DeepSpeed alone."""
     deepspeed = engines.set_up(rank)
-    config = config_of(stage, bf16, steps=2, noise={"mode": "advise", "decision_interval": 1})
+    noise = {"mode": "advise", "decision_interval": 1}
+    config = config_of(stage, bf16, steps=2, noise=noise, scheduler=WARMUP)
+    params = {"lr": 1e-3, "weight_decay": 0.1, "torch_adam": True}
+    theirs = engines.merged(config, {"optimizer": {"type": "AdamW", "params": params}})
     found = []
-    for way in ("ours", "theirs"):
+    for build_engine, settings in ((initialize_ours, config), (deepspeed.initialize, theirs)):
         net = engines.build(torch.float32)
-        if way == "theirs":
-            params = {"lr": 1e-3, "weight_decay": 0.1, "torch_adam": True}
-            config = engines.merged(config, {"optimizer": {"type": "AdamW", "params": params}})
-            engine, *_ = deepspeed.initialize(
-                model=net, config=config, model_parameters=engines.groups_of(net)
-            )
-        else:
-            context = engine_of(config, net)
-            engine = context.__enter__()
-        for batch in batches_of(12, rank):
-            step(engine, cast(engine, batch))
-        found.append(engines.weights_of(engine))
+        engine, *_ = build_engine(
+            model=net, config=settings, model_parameters=engines.groups_of(net)
+        )
+        LOOPS[loop](engine, batches_of(12, rank))
+        weights = engines.weights_of(engine)
+        found.append((weights, engine.get_lr(), engine.global_steps, engine.train_batch_size()))
         engine.destroy()
-    return torch.equal(*found)
+    (ours, *rest), (alone, *wanted) = found
+    return torch.equal(ours, alone), rest == wanted, rest[1]
+
+
+def initialize_ours(**arguments):
+    from noiseopt.integrations.deepspeed import initialize
+
+    return initialize(**arguments)
+
+
+# ------------------------------------------------------------------ what goes wrong in a window
+
+
+def loaded_inside(rank, folder):
+    """A checkpoint that is loaded inside a window."""
+    engines.set_up(rank)
+    with engine_of(config_of(stage=1, steps=2)) as engine:
+        run(engine, batches_of(2, rank))
+        engine.save_checkpoint(folder)
+        step(engine, batches_of(1, rank)[0])
+        before = engines.weights_of(engine)
+        with pytest.raises(RuntimeError, match="after 1 of 2 micro-batches"):
+            engine.load_checkpoint(folder)
+        same = torch.equal(before, engines.weights_of(engine))
+        step(engine, batches_of(1, rank)[0])
+        engine.load_checkpoint(folder)
+        return same, engine.noise_aware.num_updates
+
+
+def observed(rank):
+    """An observer that raises on one rank, in a loop that goes on."""
+    engines.set_up(rank)
+    with engine_of(config_of(steps=2)) as engine:
+        raised = []
+
+        def fail(decision):
+            if rank == 0 and decision.num_updates == 1:
+                raise OSError("disk full")
+
+        engine.noise_aware.add_observer(fail)
+        applied = []
+        for batch in batches_of(8, rank):
+            try:
+                step(engine, batch)
+            except OSError as error:
+                raised.append(str(error))
+            applied.append(engine.was_step_applied())
+        return raised, applied, engines.weights_of(engine)
+
+
+def unfrozen(rank):
+    """A layer that is unfrozen later, without ZeRO; and one that never was frozen."""
+    engines.set_up(rank)
+    seen = []
+    for freeze in (True, False):
+        net = engines.build(torch.float32)
+        params = [{"params": [p]} for p in net.parameters()]
+        net[0].requires_grad_(not freeze)
+        optimizer = torch.optim.AdamW(params, lr=1e-9)
+        with engine_of(config_of(optimizer=None), net, optimizer) as engine:
+            run(engine, batches_of(1, rank))
+            net[0].requires_grad_(True)
+            run(engine, batches_of(2, rank)[1:])
+            seen.append([w.norms.small_sq for w in facts(engine)["windows"]])
+    return seen
+
+
+def direct_only(rank):
+    """A loop that never calls engine.backward."""
+    engines.set_up(rank)
+    with Warnings() as texts, engine_of(config_of(stage=2)) as engine:
+        for batch in batches_of(3, rank):
+            loss_of(engine, batch).backward()
+            engine.step()
+        return engine.global_steps, engine.noise_aware.decisions, texts
+
+
+def own_sizes(rank):
+    """A user who sets the batch, which is decided, or the micro-batch, which is counted."""
+    engines.set_up(rank)
+    with engine_of(config_of()) as engine:
+        with pytest.raises(RuntimeError, match="max_accumulation_steps"):
+            engine.set_train_batch_size(16)
+        with pytest.raises(RuntimeError, match=r"4\.0 samples.*set_samples"):
+            engine.set_train_micro_batch_size(8)
+        engine.noise_aware.set_samples(8)
+        engine.set_train_micro_batch_size(8)
+        return engine.train_batch_size()
+
+
+class Counting:
+    """A scheduler of Megatron's kind, which is told by how many samples to advance."""
+
+    def __init__(self):
+        self.told = []
+
+    def step(self, increment):
+        self.told.append(increment)
+
+
+def told_samples(rank):
+    engines.set_up(rank)
+    with engine_of(config_of(steps=2), lr_scheduler=Counting()) as engine:
+        run(engine, batches_of(9, rank), (3, 4))
+        return engine.lr_scheduler.told
 
 
 # ------------------------------------------------------------------ events
@@ -306,13 +448,21 @@ CASES = {
     **{f"used twice {s}": (used_twice, {"stage": s}) for s in (0, 1)},
     "counted": (counted, {}),
     "differing": (differing, {}),
-    **{f"advised {s}": (advised, {"stage": s, "bf16": False}) for s in STAGES},
+    **{f"advised {s}": (advised, {"stage": s}) for s in STAGES},
     **{f"advised {s} bf16": (advised, {"stage": s, "bf16": True}) for s in STAGES},
+    **{f"advised {loop}": (advised, {"stage": 0, "loop": loop}) for loop in LOOPS},
+    "advised own batches": (advised, {"stage": 2, "loop": "with own batches"}),
+    "loaded inside": (loaded_inside, {}),
+    "observed": (observed, {}),
+    "unfrozen": (unfrozen, {}),
+    "direct only": (direct_only, {}),
+    "own sizes": (own_sizes, {}),
+    "told samples": (told_samples, {}),
     "monitored": (monitored, {}),
     "logged": (logged, {}),
 }
 OWNED = [name for name, (case, _) in CASES.items() if case is owned_run]
-IN_FOLDERS = (resumed_run, other_loads, monitored, logged)
+IN_FOLDERS = (resumed_run, loaded_inside, other_loads, monitored, logged)
 
 
 @pytest.fixture(scope="module")
@@ -381,11 +531,11 @@ def test_a_schedule_that_counts_updates_is_warned_of(ranks):
 def test_a_loop_that_ends_windows_itself_keeps_them(ranks, name):
     one, other = result(ranks, name)
     assert repr(one["decisions"]) == repr(other["decisions"])
-    assert one["updates"] == 30
+    assert one["updates"] == one["ticks"] == 30
     assert all(window.micro_batches == 3 for window in one["windows"])
     assert all(decision.accumulation_steps == one["steps"] for decision in one["decisions"])
     assert one["decisions"][-1].noise is not None
-    assert sum("they stay at" in text for text in one["texts"]) == 1
+    assert sum("leaves them as they are" in text for text in one["texts"]) == 1
 
 
 def test_windows_are_not_left_to_the_loop_once_they_have_changed(ranks):
@@ -431,7 +581,42 @@ def test_ranks_with_other_settings_stop(ranks):
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("advised")])
 def test_watching_changes_no_bit(ranks, name):
-    assert result(ranks, name) == [True, True]
+    for same_weights, same_rest, updates in result(ranks, name):
+        assert same_weights
+        assert same_rest
+        assert updates > 2
+
+
+def test_a_checkpoint_is_not_loaded_into_an_open_window(ranks):
+    assert result(ranks, "loaded inside") == [(True, 1), (True, 1)]
+
+
+def test_an_observer_that_raises_leaves_the_windows_as_they_are(ranks):
+    one, other = result(ranks, "observed")
+    assert one[0] == ["disk full"]
+    assert other[0] == []
+    assert one[1] == other[1] == [False, True] * 4
+    torch.testing.assert_close(one[2], other[2], rtol=0, atol=0)
+
+
+def test_a_parameter_that_is_unfrozen_is_measured_from_then_on(ranks):
+    for frozen_first, never_frozen in result(ranks, "unfrozen"):
+        assert frozen_first[0][:2] == (0.0, 0.0)
+        assert frozen_first[1] == pytest.approx(never_frozen[1], rel=1e-6)
+
+
+def test_a_loop_that_never_calls_the_engines_backward_is_told(ranks):
+    (updates, decisions, texts), _ = result(ranks, "direct only")
+    assert (updates, decisions) == (3, ())
+    assert sum("outside of engine.backward" in text for text in texts) == 1
+
+
+def test_the_users_own_sizes_are_refused_where_they_would_be_overruled(ranks):
+    assert result(ranks, "own sizes") == [16, 16]
+
+
+def test_a_scheduler_that_counts_samples_is_told_them(ranks):
+    assert result(ranks, "told samples") == [[16, 24, 32]] * 2
 
 
 def test_decisions_go_to_the_engines_monitor(ranks, folders):

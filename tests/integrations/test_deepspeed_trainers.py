@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.distributed import engines
-from tests.distributed.engines import GROWING, config_of
+from tests.distributed.engines import GROWING, Warnings, config_of
 from tests.distributed.ranks import result, run_on_ranks
 from tests.optim.helpers import build, loss_of
 
@@ -40,10 +40,7 @@ def accelerated(rank, stage, follow):
         with pytest.raises(ValueError, match="no noise-aware engine"):
             follow_windows(accelerator)
         net = build(torch.float32)
-        data = torch.utils.data.TensorDataset(
-            torch.randn(4 * LOADED, 6), torch.randn(4 * LOADED, 3)
-        )
-        loader = torch.utils.data.DataLoader(data, batch_size=4)
+        loader = loader_of(LOADED)
         optimizer = DummyOptim(net.parameters(), lr=1e-2, weight_decay=0.1)
         net, optimizer, loader = accelerator.prepare(net, optimizer, loader)
         if follow:
@@ -62,6 +59,40 @@ def accelerated(rank, stage, follow):
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         del os.environ["ACCELERATE_USE_DEEPSPEED"]
+
+
+def stretched(rank):
+    """A torch scheduler, which Accelerate keeps to itself."""
+    engines.set_up(rank)
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate.state import AcceleratorState, GradientState
+
+    from noiseopt.integrations import deepspeed
+    from noiseopt.integrations.accelerate import follow_windows
+
+    deepspeed.enable()
+    try:
+        config = config_of(0, **SETTINGS, optimizer=None)
+        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+        net = build(torch.float32)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        net, *_ = accelerator.prepare(net, optimizer, schedule, loader_of(1))
+        with Warnings() as texts:
+            follow_windows(accelerator)
+        net.destroy()
+        return texts
+    finally:
+        deepspeed.disable()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        del os.environ["ACCELERATE_USE_DEEPSPEED"]
+
+
+def loader_of(batches):
+    data = torch.randn(4 * batches, 6), torch.randn(4 * batches, 3)
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), batch_size=4)
 
 
 def facts(engine):
@@ -139,6 +170,7 @@ def ranks(tmp_path_factory):
         for stage in STAGES
         for follow in (False, True)
     }
+    cases["stretched"] = stretched
     for stage in STAGES:
         folder = str(tmp_path_factory.mktemp("trainer"))
         cases[f"trainer {stage}"] = functools.partial(trained, stage=stage, folder=folder)
@@ -169,6 +201,11 @@ def test_accelerate_follows_the_decisions_where_it_is_led(ranks, stage):
     ends = [sum(lengths[: at + 1]) for at in cut]
     assert all(end % LOADED == 0 for end in ends)
     assert seen["factor"] > 1.1
+
+
+def test_a_scheduler_that_accelerate_keeps_is_warned_of(ranks):
+    (texts,) = result(ranks, "stretched")
+    assert sum("it stretches as windows grow" in text for text in texts) == 1
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -6,6 +6,7 @@ resumed from each of these files. What is compared is every later decision and t
 
 import copy
 import io
+import math
 import warnings
 from dataclasses import replace
 
@@ -145,6 +146,16 @@ def test_a_ceiling_given_as_a_whole_number_resumes_too():
     resumed.optimizer.load_state_dict(whole.optimizer.state_dict())
     assert learnt % 1 != 0
     assert resumed.optimizer._adaptation.max_norm == learnt
+
+
+@pytest.mark.parametrize(("adapts", "ceiling", "wanted"), [(True, 0.01, 0.01), (False, 7.0, 7.0)])
+def test_the_ceiling_is_that_of_the_run_that_goes_on(adapts, ceiling, wanted):
+    whole = Run("AdamW", growing(clip_z=0.5, min_count=3.0))
+    whole.until(110, [tuple(part.float() for part in batch) for batch in draw(400)])
+    resumed = Run("AdamW", growing(clip_z=0.5, adapt_clip=adapts, max_norm=ceiling))
+    resumed.optimizer.load_state_dict(whole.optimizer.state_dict())
+    assert whole.optimizer.decision.max_norm not in (0.01, 7.0, math.inf)
+    assert resumed.optimizer._adaptation.max_norm == wanted
 
 
 def test_saving_again_and_again_resumes_bitwise():

@@ -1,0 +1,87 @@
+"""What the training loop does with an engine: whether each micro-batch shows, and what is in vain.
+
+Mistakes that DeepSpeed passes over in silence are raised or warned of here, each warning once.
+"""
+
+import logging
+from typing import Any
+
+from noiseopt.integrations.deepspeed.control import EngineControl
+from noiseopt.integrations.deepspeed.leaves import LeafNorms
+
+KEEPS_LAST_ONLY = (1, 2)  # stages that lose all but the last of several backwards in one step
+
+logger = logging.getLogger("noiseopt")
+
+
+class LoopWatch:
+    """Looks at the loop's calls in a window.
+
+    Args:
+        engine: the engine.
+        leaves: what its backwards have brought.
+        control: knows who says where windows end.
+    """
+
+    def __init__(self, engine: Any, leaves: LeafNorms, control: EngineControl) -> None:
+        self._engine, self._leaves, self._control = engine, leaves, control
+        self._began_at = 0  # the engine's micro_steps when the window was opened
+        self._told: set[str] = set()
+
+    def begin_window(self) -> None:
+        """Count calls from here."""
+        self._began_at = int(self._engine.micro_steps)
+
+    @property
+    def _calls(self) -> int:
+        """How often `engine.step` was called in the window, at its last call."""
+        return int(self._engine.micro_steps) - self._began_at + 1
+
+    def check_passes(self, passes: int) -> None:
+        """Refuse a window of which DeepSpeed has lost a part.
+
+        Raises:
+            RuntimeError: there were more backward passes than calls of `engine.step`.
+        """
+        stage = int(self._engine.zero_optimization_stage())
+        if self._control.loop_ends_windows or stage not in KEEPS_LAST_ONLY:
+            return
+        if passes > self._engine.gradient_accumulation_steps():
+            raise RuntimeError(
+                f"{passes} backward passes in {self._calls} calls of engine.step(): at ZeRO stage "
+                f"{stage} DeepSpeed keeps only the last gradient of a step; call engine.step() "
+                "after each engine.backward(), or use coalesce_grad_reduction()"
+            )
+
+    def shows_each(self, passes: int) -> bool:
+        """Whether each micro-batch was read, in one backward of its own; tells why not."""
+        if self._leaves.strays:
+            self.tell(
+                "strays",
+                "a backward ran outside of engine.backward(loss): windows with one are not "
+                "measured; call engine.backward",
+            )
+            return False
+        if self._leaves.unread:
+            self.tell(
+                "unread",
+                "a parameter's gradient came in parts or unread, as where it is used inside and "
+                "outside of a reentrant checkpoint: windows with one are not measured; use "
+                "checkpoint(use_reentrant=False), and a newer torch",
+            )
+            return False
+        if self._control.loop_ends_windows or passes == self._calls:
+            return True
+        self.tell(
+            "passes",
+            f"{passes} backward passes in {self._calls} calls of engine.step(): such windows are "
+            "not measured; call engine.backward once before each engine.step, with the sum of "
+            "losses if there are several",
+        )
+        return False
+
+    def tell(self, of: str, text: str) -> None:
+        """Warn on one rank, and of each thing once."""
+        if of not in self._told and self._engine.global_rank == 0:
+            logger.warning("%s", text)
+        self._told.add(of)
