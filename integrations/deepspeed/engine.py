@@ -166,9 +166,9 @@ class NoiseAwareEngine(DeepSpeedEngine):  # type: ignore[misc]
 
 
 def _refuse_open_window(noise: EngineNoise) -> None:
-    if len(noise):
+    if noise.taken:
         raise RuntimeError(
-            f"load_checkpoint() after {len(noise)} of {noise.accumulation_steps} micro-batches of "
+            f"load_checkpoint() after {noise.taken} of {noise.accumulation_steps} micro-batches of "
             "a window, whose gradients DeepSpeed would keep: call it where "
             "engine.was_step_applied()"
         )

@@ -104,13 +104,10 @@ class EngineNoise(NoiseReadings):
         self.tells_samples = True
         super().set_samples(samples, weight)
 
-    def __len__(self) -> int:
-        """Micro-batches in the open window."""
+    @property
+    def taken(self) -> int:
+        """Micro-batches that the open window has had."""
         return len(self._leaves)
-
-    def __bool__(self) -> bool:
-        """It is there, however many micro-batches its window has."""
-        return True
 
     def detach(self) -> None:
         """Stop measuring: remove every hook."""

@@ -120,6 +120,15 @@ def test_wandb_gets_an_offline_run_for_each_arm(tmp_path, monkeypatch, capfd):
     assert "wandb: " not in "".join(capfd.readouterr())
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as at a terminal: what runs in the background may ignore it, and its children too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("arm", list(ARMS))
 def test_an_interrupted_run_keeps_and_shows_what_was_done(tmp_path, monkeypatch, capsys, arm):
     add = LossTable.add
@@ -139,6 +148,7 @@ def test_an_interrupted_run_keeps_and_shows_what_was_done(tmp_path, monkeypatch,
     assert "validation loss" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_the_command_with_130(tmp_path):
     call = ("-m", "noiseopt", "demo", "--steps", "360", "--batch-size", "1", "--no-wandb")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
