@@ -6,6 +6,7 @@ On the CPU neither tells its ranks apart under DeepSpeed, so one rank runs them.
 import functools
 import math
 import os
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -22,21 +23,33 @@ SETTINGS = {"noise": GROWING | {"decision_interval": 1}, "lr": 1e-2, "gradient_c
 EPOCHS, LOADED = 3, 51  # micro-batches in an epoch: the last window of two is cut short
 
 
-def accelerated(rank, stage, follow):
-    """The loop of Accelerate's documentation."""
-    engines.set_up(rank)
+@contextmanager
+def accelerator_of(config):
+    """An Accelerator over DeepSpeed, with nothing of it left behind."""
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     from accelerate import Accelerator, DeepSpeedPlugin
     from accelerate.state import AcceleratorState, GradientState
-    from accelerate.utils import DummyOptim
 
     from noiseopt.integrations import deepspeed
-    from noiseopt.integrations.accelerate import follow_windows
 
     deepspeed.enable()
     try:
-        config = config_of(stage, steps=2, **SETTINGS)
-        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+        yield Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+    finally:
+        deepspeed.disable()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        del os.environ["ACCELERATE_USE_DEEPSPEED"]
+
+
+def accelerated(rank, stage, follow):
+    """The loop of Accelerate's documentation."""
+    engines.set_up(rank)
+    from accelerate.utils import DummyOptim
+
+    from noiseopt.integrations.accelerate import follow_windows
+
+    with accelerator_of(config_of(stage, steps=2, **SETTINGS)) as accelerator:
         with pytest.raises(ValueError, match="no noise-aware engine"):
             follow_windows(accelerator)
         net = build(torch.float32)
@@ -54,27 +67,14 @@ def accelerated(rank, stage, follow):
         seen = facts(net)
         net.destroy()
         return seen
-    finally:
-        deepspeed.disable()
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        del os.environ["ACCELERATE_USE_DEEPSPEED"]
 
 
 def stretched(rank):
     """A torch scheduler, which Accelerate keeps to itself."""
     engines.set_up(rank)
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    from accelerate import Accelerator, DeepSpeedPlugin
-    from accelerate.state import AcceleratorState, GradientState
-
-    from noiseopt.integrations import deepspeed
     from noiseopt.integrations.accelerate import follow_windows
 
-    deepspeed.enable()
-    try:
-        config = config_of(0, **SETTINGS, optimizer=None)
-        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+    with accelerator_of(config_of(0, **SETTINGS, optimizer=None)) as accelerator:
         net = build(torch.float32)
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
@@ -83,11 +83,6 @@ def stretched(rank):
             follow_windows(accelerator)
         net.destroy()
         return texts
-    finally:
-        deepspeed.disable()
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        del os.environ["ACCELERATE_USE_DEEPSPEED"]
 
 
 def loader_of(batches):
