@@ -24,15 +24,6 @@ MEASURED = {
     "adapt_clip": False,
     "max_accumulation_steps": 8,
 }
-GROWING = {
-    "decision_interval": 5,
-    "min_count": 2.0,
-    "dwell_updates": 5,
-    "dwell_fraction": 0.0,
-    "noise_margin": 1e6,
-    "max_accumulation_steps": 4,
-    "verify": False,
-}
 
 
 class Warnings(logging.Handler):

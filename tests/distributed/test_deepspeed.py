@@ -14,9 +14,9 @@ from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint
 
 from tests.distributed import engines
-from tests.distributed.engines import GROWING, batches_of, config_of, engine_of, merged, run
+from tests.distributed.engines import batches_of, config_of, engine_of, merged, run
 from tests.distributed.ranks import RANKS, result, run_on_ranks
-from tests.optim.helpers import build, loss_of
+from tests.optim.helpers import GROWING, build, loss_of
 
 pytestmark = pytest.mark.distributed
 

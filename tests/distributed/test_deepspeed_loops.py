@@ -11,7 +11,6 @@ import torch
 
 from tests.distributed import engines
 from tests.distributed.engines import (
-    GROWING,
     MEASURED,
     Warnings,
     batches_of,
@@ -21,7 +20,7 @@ from tests.distributed.engines import (
 )
 from tests.distributed.ranks import result, run_on_ranks
 from tests.integrations.offline import Written
-from tests.optim.helpers import loss_of
+from tests.optim.helpers import GROWING, loss_of
 
 pytestmark = pytest.mark.distributed
 

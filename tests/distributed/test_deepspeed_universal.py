@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tests.distributed import engines
-from tests.distributed.engines import GROWING, batches_of, config_of, engine_of, run
+from tests.distributed.engines import batches_of, config_of, engine_of, run
 from tests.distributed.ranks import result, run_on_ranks
+from tests.optim.helpers import GROWING
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from tests.distributed import engines
-from tests.distributed.engines import GROWING, Warnings, config_of
+from tests.distributed.engines import Warnings, config_of
 from tests.distributed.ranks import result, run_on_ranks
-from tests.optim.helpers import build, loss_of
+from tests.optim.helpers import GROWING, build, loss_of
 
 pytestmark = pytest.mark.slow
 

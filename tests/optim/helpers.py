@@ -10,6 +10,16 @@ from noiseopt.optim import NoiseAwareAdam, NoiseAwareAdamW, NoiseAwareSGD
 
 FEATURES, HIDDEN, OUTPUTS = 6, 8, 3
 
+GROWING = {
+    "decision_interval": 5,
+    "min_count": 2.0,
+    "dwell_updates": 5,
+    "dwell_fraction": 0.0,
+    "noise_margin": 1e6,
+    "max_accumulation_steps": 4,
+    "verify": False,
+}
+
 # Our class, torch's, and arguments that exercise its state.
 PAIRS = {
     "AdamW": (NoiseAwareAdamW, torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.1}),
@@ -88,19 +98,7 @@ def fixed(steps=1, **settings):
 
 def growing(**settings):
     """Mode "auto" that decides often and grows soon: a run of few updates sees everything."""
-    return NoiseConfig(
-        **{
-            "decision_interval": 5,
-            "min_count": 2.0,
-            "dwell_updates": 5,
-            "dwell_fraction": 0.0,
-            "noise_margin": 1e6,
-            "max_accumulation_steps": 4,
-            "probe_interval": 2,
-            "verify": False,
-        }
-        | settings
-    )
+    return NoiseConfig(**GROWING | {"probe_interval": 2} | settings)
 
 
 def params_of(model):
