@@ -142,11 +142,8 @@ def say_what_changes(decision: Decision) -> None:
 
 
 def record(optimizer: NoiseAwareAdamW, folder: Path) -> None:
-    """Write every decision, to a file for each start, and print those that change something."""
-    attempt = len(list(folder.glob("decisions-*.jsonl")))
-    path = folder / f"decisions-{attempt}.jsonl"
-    groups = len(optimizer.param_groups)
-    optimizer.add_observer(DecisionLog(path, optimizer.config, optimizer.rule_name, groups))
+    """Write every decision, and print those that change something."""
+    optimizer.add_observer(DecisionLog(folder / "decisions.jsonl", resume=True))
     optimizer.add_observer(say_what_changes)
 
 

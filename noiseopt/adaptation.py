@@ -6,9 +6,11 @@ plain numbers. Optimizer and monitor share it.
 
 import logging
 import math
-from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,7 @@ from noiseopt.control import (
     Decision,
     NoiseConfig,
     Rates,
+    Start,
     Window,
     from_numbers,
     to_numbers,
@@ -30,12 +33,24 @@ from noiseopt.control import (
 from noiseopt.distributed import Ranks, ddp_around, digest, refuse_join
 from noiseopt.samples import SampleCounts
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 KEPT_DECISIONS = 256
 
 Number = int | float
-Observer = Callable[[Decision], object]
 logger = logging.getLogger("noiseopt")
+
+
+class Observer(Protocol):
+    """What is called with every decision.
+
+    Two more methods are called where an observer has them: `on_start(now)`, when it is added and
+    whenever the decisions to come begin anew (a state was loaded, the settings or the parameter
+    groups changed), with a function that gives the `Start` after the latest decision; and
+    `on_error(error)` before training stops because ranks disagree.
+    """
+
+    def __call__(self, decision: Decision, /) -> object:
+        """Take a decision."""
 
 
 class Adaptation:
@@ -44,13 +59,14 @@ class Adaptation:
     Args:
         config: the settings.
         rule: the name of the learning-rate rule.
-        num_groups: how many parameter groups are measured.
+        groups: the names of the parameter groups that are measured.
         ranks: those that take part.
 
     Attributes:
         ranks: those that take part.
         settings: tells what an update is made with, which ranks must have alike.
-        num_groups: how many parameter groups are measured.
+        rule: the name of the learning-rate rule.
+        groups: the names of the parameter groups that are measured.
         steps: the length of the open window, in micro-batches on each rank.
         max_norm: the norm at which its gradient is clipped; infinite for never.
     """
@@ -62,7 +78,7 @@ class Adaptation:
         self,
         config: NoiseConfig,
         rule: str,
-        num_groups: int,
+        groups: Sequence[str],
         ranks: Ranks,
     ) -> None:
         self.config = config
@@ -71,21 +87,41 @@ class Adaptation:
         self.observers: list[Observer] = []
         self.settings: Callable[[], dict[str, object]] = dict
         self._ddp: Collection[nn.Module] | None = None
-        self._rule, self.num_groups = RATE_RULES[rule], num_groups
+        self.rule, self.groups = rule, tuple(groups)
         self.restart()
 
     def restart(self) -> None:
         """Forget everything that was measured and decided."""
-        self._go_on(Controller.create(self.config, self._rule, self.num_groups))
+        rule = RATE_RULES[self.rule]
+        self._go_on(Controller.create(self.config, rule, self.num_groups))
 
     def _go_on(self, controller: Controller) -> None:
         self._controller = controller
         self._rows: list[Tensor] = []
-        self._windows: list[Window] = []
         self._samples = SampleCounts(self.config, controller.state.counts_samples)
         self._losses: list[Tensor] = []
         self.decisions.clear()
         self.join(self.ranks)
+        self._begin()
+
+    def observe(self, observer: Observer) -> None:
+        """Have an observer called with each decision."""
+        self.observers.append(observer)
+        _tell([observer], "on_start", self._now)
+
+    def _begin(self) -> None:
+        """Let the decisions to come begin from the present state."""
+        self._decided_state = self._controller.state
+        self._windows: list[Window] = []
+        _tell(self.observers, "on_start", self._now)
+
+    def _now(self) -> Start:
+        return Start(self.config, self.rule, self.groups, self._decided_state)
+
+    @property
+    def num_groups(self) -> int:
+        """How many parameter groups are measured."""
+        return len(self.groups)
 
     @property
     def acts(self) -> bool:
@@ -150,7 +186,16 @@ class Adaptation:
         """
         self._learn()
         own = {"settings": repr(self.config), **self._common_state()}
-        self.ranks.compare({**facts, **own}, "what they start from")
+        with self._telling_errors():
+            self.ranks.compare({**facts, **own}, "what they start from")
+
+    @contextmanager
+    def _telling_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            _tell(self.observers, "on_error", error)
+            raise
 
     def ddp_around(self, groups: Sequence[Sequence[Tensor]]) -> Collection[nn.Module]:
         """The DDP modules that wrap the parameters, looked for once."""
@@ -235,7 +280,8 @@ class Adaptation:
             of_all = torch.zeros_like(row[0]) if self.ranks.sharded else mean.sum()
             extra = row.new_empty(0) if extra is None else extra
             local = row[: self.num_groups].sum()
-            self._agreement.sum_(row, local, of_all, extra, self.open_window, at_once)
+            with self._telling_errors():
+                self._agreement.sum_(row, local, of_all, extra, self.open_window, at_once)
             row[2 * self.num_groups :] /= self.ranks.model  # counts: of these no rank has a part
         return row
 
@@ -267,7 +313,7 @@ class Adaptation:
     def _decide(self, lr: float) -> None:
         self._learn(together=True)
         self._controller, decision = self._controller.decide(lr, tuple(self._windows))
-        self._windows = []
+        self._decided_state, self._windows = self._controller.state, []
         if self.ranks.all > 1:
             self._agreement.set_state(self._common_state())
         self.decisions.append(decision)
@@ -275,7 +321,8 @@ class Adaptation:
     def _learn(self, together: bool = False) -> None:
         """Take in every queued row. This waits for the device."""
         rows, self._rows = self._rows, []
-        self._agreement.check(together)
+        with self._telling_errors():
+            self._agreement.check(together)
         for window in read_rows(rows, self.ranks.data):
             self._controller = self._controller.learn(window)
             self._windows.append(window)
@@ -295,6 +342,7 @@ class Adaptation:
             self.config, min_accumulation_steps=self.steps, max_accumulation_steps=self.steps
         )
         self._controller = replace(self._controller, config=self.config)
+        self._begin()
 
     def _open_window(self) -> None:
         """Fix what the next window uses, so that nothing changes inside it."""
@@ -332,18 +380,14 @@ class Adaptation:
         """Go on from a saved state; what was queued since is forgotten."""
         self.check_numbers(numbers)
         state = from_numbers(self._controller.state, numbers)
-        low, high = self.config.min_accumulation_steps, self.config.max_accumulation_steps
-        steps = min(max(state.accumulation_steps, low), high)
-        ceiling = self.config.max_norm
-        max_norm = min(state.max_norm, ceiling) if self.config.adapt_clip else ceiling
-        state = replace(state, accumulation_steps=steps, max_norm=max_norm)
-        self._go_on(self._controller.at(state))
+        self._go_on(self._controller.at(state.within(self.config)))
 
-    def add_group(self) -> None:
-        """Measure one more parameter group."""
+    def set_groups(self, names: Sequence[str]) -> None:
+        """Measure further parameter groups: these are the names of all."""
         self._learn()
-        self.num_groups += 1
-        self._controller = self._controller.with_groups(1)
+        self._controller = self._controller.with_groups(len(names) - self.num_groups)
+        self.groups = tuple(names)
+        self._begin()
 
     def describe(self, num_params: int, num_groups: int) -> str:
         """One line on what is measured and what is not known yet."""
@@ -366,3 +410,19 @@ class Adaptation:
         return self.steps * self.ranks.data > 1 or (
             probes and self.config.max_accumulation_steps > 1
         )
+
+
+def group_names(param_groups: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """How an optimizer's parameter groups are called: by their "name", or by their number."""
+    names = [str(group.get("name", index)) for index, group in enumerate(param_groups)]
+    times = Counter(names)
+    return tuple(
+        name if times[name] == 1 else f"{name}-{index}" for index, name in enumerate(names)
+    )
+
+
+def _tell(observers: Iterable[Observer], event: str, fact: object) -> None:
+    for observer in observers:
+        method = getattr(observer, event, None)
+        if method is not None:
+            method(fact)

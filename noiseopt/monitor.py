@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from noiseopt.adaptation import Adaptation, Number
+from noiseopt.adaptation import Adaptation, Number, group_names
 from noiseopt.capture import BackwardCapture, big_columns, end_row
 from noiseopt.control import RATE_RULES, NoiseConfig, Rates
 from noiseopt.distributed import Ranks
@@ -76,7 +76,8 @@ class NoiseMonitor(NoiseReadings):
         self._started = False
         groups = [group["params"] for group in optimizer.param_groups]
         ranks = Ranks.of(groups, process_group)
-        self._adaptation: Adaptation = Adaptation(self.config, rate_rule, len(groups), ranks)
+        names = group_names(optimizer.param_groups)
+        self._adaptation: Adaptation = Adaptation(self.config, rate_rule, names, ranks)
         self._capture = BackwardCapture(
             groups, lambda: self.accumulation_steps, ranks.share if ranks.sharded else None
         )
@@ -147,9 +148,11 @@ class NoiseMonitor(NoiseReadings):
             return  # as when checkpointing steps once to build the state: no window has ended
         adaptation = self._adaptation
         groups = [group["params"] for group in optimizer.param_groups]
-        while adaptation.num_groups < len(groups):
-            self._capture.add_group(groups[adaptation.num_groups])
-            adaptation.add_group()
+        new = groups[adaptation.num_groups :]
+        for group in new:
+            self._capture.add_group(group)
+        if new:
+            adaptation.set_groups(group_names(optimizer.param_groups))
         if not self._started:
             self._started = True
             adaptation.start(groups, self._process_group)

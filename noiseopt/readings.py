@@ -33,13 +33,18 @@ class NoiseReadings:
         return self._adaptation.steps if self._adaptation else 1
 
     def metrics(self) -> dict[str, float]:
-        """The latest decision as plain finite floats under "noise/", "decide/" and "clip/"."""
-        return metrics(self.decision) if self.decision else {}
+        """The latest decision as finite floats: "noise/…", "decide/…", "clip/…", "group/…"."""
+        if self._adaptation is None or self.decision is None:
+            return {}
+        return metrics(self.decision, self._adaptation.groups)
 
     def add_observer(self, observer: Observer) -> None:
-        """Have a callable called with each `Decision`, on every rank. Copies do not inherit it."""
+        """Have a callable called with each `Decision`, on every rank. Copies do not inherit it.
+
+        See `noiseopt.adaptation.Observer` for what else an observer may be told.
+        """
         if self._adaptation:
-            self._adaptation.observers.append(observer)
+            self._adaptation.observe(observer)
 
     def set_samples(self, samples: float, weight: float | None = None) -> None:
         """Say how many samples the next micro-batch holds.

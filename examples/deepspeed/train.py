@@ -11,7 +11,6 @@ module; the rest is the section "noise_aware" of the config. Started again with 
 """
 
 import argparse
-import itertools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,16 +68,6 @@ def resume(engine: Any, folder: Path) -> int:
 
 def save(engine: Any, folder: Path, seen: int) -> None:
     engine.save_checkpoint(str(folder), client_state={"seen": seen})
-
-
-def start_record(engine: Any, path: Path) -> DecisionLog:
-    """Write every decision, to a new file for each start."""
-    later = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))
-    free = next(p for p in itertools.chain([path], later) if not p.exists())
-    noise = engine.noise_aware
-    log = DecisionLog(free, noise.config, noise.rule_name, noise.num_groups)
-    noise.add_observer(log)
-    return log
 
 
 class Bar:
@@ -153,12 +142,12 @@ def main(arguments: list[str] | None = None) -> None:
     seen = resume(engine, args.checkpoint)
     first = engine.global_rank == 0
     if first:
-        log = start_record(engine, args.record or args.checkpoint / "decisions.jsonl")
+        log = DecisionLog(args.record or args.checkpoint / "decisions.jsonl", resume=True)
+        engine.noise_aware.add_observer(log)
     data = text.load(args.text).train.chunk(engine.dp_world_size)[engine.global_rank]
     seen = train(engine, data, args, seen)
     save(engine, args.checkpoint, seen)
     if first:
-        log.close()
         rows = [row(decision) for decision in telling(read(log.path).decisions)]
         table.show(f"Decisions, from {log.path}", COLUMNS, rows)
     engine.destroy()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from noiseopt.adaptation import Adaptation, Number
+from noiseopt.adaptation import Adaptation, Number, group_names
 from noiseopt.capture import Measured, end_row, squared_norms
 from noiseopt.control import Decision, NoiseConfig, metrics
 from noiseopt.distributed import Ranks, digest
@@ -25,11 +25,9 @@ logger = logging.getLogger("noiseopt")
 class EngineNoise(NoiseReadings):
     """Measures the gradient noise of a DeepSpeed engine, and carries out what is decided.
 
-    It is `engine.noise_aware`. Besides the readings of an optimizer it tells `config`, the
-    settings, and `rule_name`, for a `DecisionLog`.
+    It is `engine.noise_aware`, and has the readings of an optimizer.
 
     Attributes:
-        rule_name: the learning-rate rule: a key of `noiseopt.control.RATE_RULES`.
         tells_samples: whether the loop has said how many samples micro-batches hold.
 
     Args:
@@ -50,8 +48,9 @@ class EngineNoise(NoiseReadings):
         group, size = engine.data_parallel_group, engine.dp_world_size
         ranks = Ranks(size, 1, self._wrapper.sharded, (group,) if size > 1 else ())
         sgd = isinstance(self._wrapper.basic, torch.optim.SGD)
-        self.rule_name = settings.rate_rule or ("sgd" if sgd else "adam")
-        self._adaptation = Adaptation(settings.config, self.rule_name, len(self._groups), ranks)
+        rule = settings.rate_rule or ("sgd" if sgd else "adam")
+        names = group_names(self._wrapper.basic.param_groups)
+        self._adaptation = Adaptation(settings.config, rule, names, ranks)
         self._adaptation.settings = self._hyper_parameters
         self._leaves = LeafNorms(self._groups, self._device)
         self._control = EngineControl(engine, self._wrapper, settings)
@@ -69,11 +68,6 @@ class EngineNoise(NoiseReadings):
     def config(self) -> NoiseConfig:
         """The settings."""
         return self._adaptation.config
-
-    @property
-    def num_groups(self) -> int:
-        """How many parameter groups are measured."""
-        return self._adaptation.num_groups
 
     @property
     def num_updates(self) -> int:

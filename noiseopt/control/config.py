@@ -33,6 +33,8 @@ class NoiseConfig:
             all, over ranks and micro-batches.
         samples_per_micro_batch: samples in one micro-batch on one rank. If not given, noise and
             batches are counted in micro-batches.
+        tokens_per_sample: tokens in one sample, such as the length of a sequence; for the record
+            only. If given, decisions tell the tokens seen.
         half_life_fraction: half-life of the averages, as a share of the samples seen.
         half_life_windows: its least length, in measured windows.
         winsorise: standard deviations beyond which a window counts as an outlier.
@@ -78,6 +80,7 @@ class NoiseConfig:
     gradients: str = "auto"
     loss_reduction: str = "mean"
     samples_per_micro_batch: float | None = None
+    tokens_per_sample: float | None = None
     half_life_fraction: float = 0.03
     half_life_windows: float = 32.0
     winsorise: float = 5.0
@@ -131,11 +134,11 @@ class NoiseConfig:
             low <= self.accumulation_steps <= high,
             f"from min_accumulation_steps = {low} to max_accumulation_steps = {high}",
         )
-        if self.samples_per_micro_batch is not None:
+        for name, otherwise in _COUNTS:
+            value = getattr(self, name)
+            given = value is not None
             self._check(
-                "samples_per_micro_batch",
-                0 < self.samples_per_micro_batch < math.inf,
-                "positive and finite, or None to count micro-batches",
+                name, not given or 0 < value < math.inf, f"positive and finite, {otherwise}"
             )
         if self.accumulation == "external":
             self._check("gradients", self.gradients == "auto", "'auto': the loop averages them")
@@ -169,6 +172,10 @@ class NoiseConfig:
             raise ValueError(f"NoiseConfig.{name} is {getattr(self, name)!r}: it must be {allowed}")
 
 
+_COUNTS = (
+    ("samples_per_micro_batch", "or None to count micro-batches"),
+    ("tokens_per_sample", "or None not to count tokens"),
+)
 _AT_LEAST_ONE = (
     "accumulation_steps",
     "min_accumulation_steps",

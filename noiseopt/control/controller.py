@@ -13,7 +13,7 @@ from noiseopt.control.decision import Decision, Window
 from noiseopt.control.proposal import Change, propose
 from noiseopt.control.rates import RateRule, Rates
 from noiseopt.control.state import ControllerState
-from noiseopt.estimate import GroupNoise, NoiseEstimate
+from noiseopt.estimate import NoiseEstimate
 
 CAUTION_AFTER_REVERT = 0.5
 PROBES_PER_RUN = 512  # after so many, probes become rarer as the run grows longer
@@ -44,9 +44,7 @@ class Controller:
 
     def with_groups(self, number: int) -> "Controller":
         """The same controller with so many more parameter groups."""
-        estimator = self.state.estimator
-        groups = estimator.groups + (GroupNoise(0.0, 0.0),) * number
-        return self._with(estimator=replace(estimator, groups=groups))
+        return self._with(estimator=self.state.estimator.with_groups(number))
 
     def on_ranks(self, ranks: int) -> "Controller":
         """The same controller on so many ranks, its batches as near as whole windows allow.
@@ -121,12 +119,14 @@ class Controller:
             grad_norm = math.sqrt(math.fsum(window.norms.big_sq))
             if grad_norm > 0 and window.norms.finite:
                 norms = norms.update(math.log(grad_norm / self._norm_ratio(window.norms.big_batch)))
+        factor = state.max_norm / grad_norm if window.clipped and grad_norm > 0 else 1.0
         has_loss = window.loss_count > 0 and math.isfinite(window.loss_sum)
         return self._with(
             estimator=estimator,
             norms=norms,
             gradients_per_step=gradients,
             grad_norm=grad_norm,
+            clip_coefficient=min(state.clip_coefficient, factor),
             num_windows=state.num_windows + 1,
             num_updates=state.num_updates + window.applied,
             micro_batches=state.micro_batches + window.micro_batches - window.skipped,
@@ -155,8 +155,12 @@ class Controller:
         applied = self.config.mode == "auto"
         steps = decided.state.accumulation_steps
         return (decided if applied else here), Decision(
+            num_windows=state.num_windows,
             num_updates=state.num_updates,
+            reference_updates=state.micro_batches / state.reference_steps,
             samples_seen=state.estimator.samples_seen,
+            tokens_seen=here._tokens(),
+            unit=state.unit,
             action=change.action,
             reason=change.reason,
             applied=applied,
@@ -165,11 +169,12 @@ class Controller:
             batch=decided.batch(steps),
             rates=decided.rates(steps),
             max_norm=decided.state.max_norm,
-            verifying=applied and decided.state.verification.pending,
+            verifying=decided.state.verification.judgement if applied else None,
             noise=noise,
             lr=lr,
             loss=loss,
             grad_norm=state.grad_norm or None,
+            clip_coefficient=self.state.clip_coefficient,
             total_clipped=state.total_clipped,
             total_skipped=state.total_skipped,
             total_dropped=state.total_dropped,
@@ -194,12 +199,18 @@ class Controller:
             peak_lr=max(state.peak_lr, lr),
             loss_sum=0.0,
             loss_count=0,
+            clip_coefficient=1.0,
             decided_at_samples=samples,
         )
 
     def _estimate(self) -> NoiseEstimate | None:
         batch = self.batch(self.state.accumulation_steps)
         return self.state.estimator.estimate(batch, self.config.confidence, self.state.unit)
+
+    def _tokens(self) -> float | None:
+        tokens = self.config.tokens_per_sample
+        known = tokens is not None and self.state.counts_samples
+        return self.state.estimator.samples_seen * tokens if known and tokens else None
 
     def _norm_ratio(self, batch: float) -> float:
         """m(batch) / m(reference batch) by the measured noise; 1 while it is unknown."""

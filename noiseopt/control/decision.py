@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from noiseopt.control.rates import Rates
+from noiseopt.control.verification import Judgement
 from noiseopt.estimate import NoiseEstimate, WindowNorms
 
 ACTIONS = ("hold", "grow", "shrink", "revert")
@@ -39,8 +40,13 @@ class Decision:
     """One record: what was measured, what was changed or held, and why.
 
     Attributes:
+        num_windows: windows closed so far, with or without an update.
         num_updates: updates applied so far.
-        samples_seen: samples (or micro-batches) seen so far.
+        reference_updates: updates that the same micro-batches make in windows of the reference
+            length, the one for which the user's rates were chosen.
+        samples_seen: samples seen so far, or what else `unit` says.
+        tokens_seen: tokens seen so far; None if the config does not tell how many samples hold.
+        unit: what is counted: "samples", or "micro-batches" if their size was not told.
         action: "hold", "grow", "shrink" or "revert".
         reason: why, in words and numbers.
         applied: whether it takes effect; False in mode "advise".
@@ -49,11 +55,13 @@ class Decision:
         batch: samples in such a window on all ranks.
         rates: the factors on the user's hyper-parameters that go with it.
         max_norm: the clipping threshold at this batch; infinite for none.
-        verifying: whether a change is still being verified against the loss.
+        verifying: the change that is being verified against the loss; None if none is.
         noise: the estimate; None while it is unknown.
         lr: the user's learning rate, the adapted factor not included.
         loss: the mean reported loss since the last decision; None if none was.
         grad_norm: the last window's gradient norm before clipping; None if it was skipped.
+        clip_coefficient: the least factor that clipping put on a gradient since the last decision;
+            1 for none.
         total_clipped: updates clipped so far.
         total_skipped: micro-batches skipped so far.
         total_dropped: micro-batches of open windows that checkpoints left behind.
@@ -61,8 +69,12 @@ class Decision:
         windows: what was measured since the last decision, for replay.
     """
 
+    num_windows: int
     num_updates: int
+    reference_updates: float
     samples_seen: float
+    tokens_seen: float | None
+    unit: str
     action: str
     reason: str
     applied: bool
@@ -71,11 +83,12 @@ class Decision:
     batch: float
     rates: Rates
     max_norm: float
-    verifying: bool
+    verifying: Judgement | None
     noise: NoiseEstimate | None
     lr: float
     loss: float | None
     grad_norm: float | None
+    clip_coefficient: float
     total_clipped: int
     total_skipped: int
     total_dropped: int = 0

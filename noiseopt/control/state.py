@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 from noiseopt.control.clipping import NormLevel
 from noiseopt.control.config import NoiseConfig
 from noiseopt.control.verification import Verification
-from noiseopt.estimate import GroupNoise, NoiseEstimator
+from noiseopt.estimate import NoiseEstimator
 
 T = TypeVar("T")
 Number = int | float
@@ -49,6 +49,7 @@ class ControllerState:
         loss_sum: sum of the losses reported since the last decision.
         loss_count: their number.
         grad_norm: the last window's gradient norm; 0 if it was skipped.
+        clip_coefficient: the least factor that clipping put on a gradient since the last decision.
     """
 
     estimator: NoiseEstimator
@@ -80,6 +81,7 @@ class ControllerState:
     loss_sum: float = 0.0
     loss_count: int = 0
     grad_norm: float = 0.0
+    clip_coefficient: float = 1.0
 
     @classmethod
     def initial(cls, config: NoiseConfig, num_groups: int) -> "ControllerState":
@@ -90,8 +92,7 @@ class ControllerState:
                 half_life_fraction=config.half_life_fraction,
                 half_life_windows=config.half_life_windows,
                 winsorise=config.winsorise,
-                groups=(GroupNoise(0.0, 0.0),) * num_groups,
-            ),
+            ).with_groups(num_groups),
             norms=NormLevel(),
             verification=Verification(),
             accumulation_steps=steps,
@@ -112,6 +113,16 @@ class ControllerState:
         if self.lr > self.previous_lr:
             return "warm-up"
         return "decay" if self.lr < self.peak_lr * (1 - 1e-6) else "stable"
+
+    def within(self, config: NoiseConfig) -> "ControllerState":
+        """The same state in the bounds of other settings, as after a load."""
+        low, high = config.min_accumulation_steps, config.max_accumulation_steps
+        ceiling = config.max_norm
+        return replace(
+            self,
+            accumulation_steps=min(max(self.accumulation_steps, low), high),
+            max_norm=min(self.max_norm, ceiling) if config.adapt_clip else ceiling,
+        )
 
     def verdict(self, tolerance: float) -> str:
         """Whether the last change hurt the loss: "hurt", "fine" or "open"."""

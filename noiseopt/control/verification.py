@@ -70,6 +70,25 @@ class LossTrend:
 
 
 @dataclass(frozen=True, slots=True)
+class Judgement:
+    """A change that is being verified, as far as it is judged.
+
+    Attributes:
+        revert_to: the accumulation steps before the change, to which it goes back if it hurts.
+        judged: how many decisions' losses the judgement rests on.
+        of: how many it takes at most.
+        mean_excess: how far the loss has run above its trend, on average.
+        expected: the loss that the trend predicts now.
+    """
+
+    revert_to: int
+    judged: int
+    of: int
+    mean_excess: float
+    expected: float
+
+
+@dataclass(frozen=True, slots=True)
 class Verification:
     """The loss trend, and the judgement of the last change while it is pending.
 
@@ -96,6 +115,14 @@ class Verification:
     def mean_excess(self) -> float:
         """How far the loss has run above its trend, on average."""
         return self.excess / max(self.seen - SETTLING, 1)
+
+    @property
+    def judgement(self) -> Judgement | None:
+        """The pending judgement; None if there is none."""
+        if not self.pending:
+            return None
+        judged = max(self.seen - SETTLING, 0)
+        return Judgement(self.revert_to, judged, LENGTH, self.mean_excess, self.expected)
 
     def start(self, revert_to: int) -> "Verification":
         """Begin to verify a change, if the trend before it is known well enough to judge by."""

@@ -86,7 +86,9 @@ class Demo:
         model = GPT(settings.shape)
         optimizer = ARMS[name](model, settings)
         bars.start(name)
-        with self._record(optimizer), self._tracking(name, optimizer) as tracking:
+        if isinstance(optimizer, NoiseAwareAdamW):
+            optimizer.add_observer(DecisionLog(self.folder / report.RECORD))
+        with self._tracking(name, optimizer) as tracking:
 
             def on_point(point: Point) -> None:
                 arm.points.append(point)
@@ -96,14 +98,6 @@ class Demo:
                     tracking.log(point)
 
             train(name, model, optimizer, corpus, settings, arm.clock, on_point)
-
-    def _record(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[object]:
-        if not isinstance(optimizer, NoiseAwareAdamW):
-            return nullcontext()
-        path, groups = self.folder / report.RECORD, len(optimizer.param_groups)
-        log = DecisionLog(path, optimizer.config, optimizer.rule_name, groups)
-        optimizer.add_observer(log)
-        return log
 
     def _tracking(
         self, name: str, optimizer: torch.optim.Optimizer

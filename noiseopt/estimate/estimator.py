@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 from noiseopt.estimate.average import Average
-from noiseopt.estimate.interval import noise_fraction, ratio_bounds
+from noiseopt.estimate.interval import RatioBounds, noise_fraction, ratio_bounds
 from noiseopt.estimate.window import NoiseSample, WindowNorms
 
 MIN_WINDOWS = 3
@@ -19,20 +19,20 @@ SETTING = {"setting": True}  # marks what is not state: it is not saved with it
 
 @dataclass(frozen=True, slots=True)
 class GroupNoise:
-    """The averaged noise of one parameter group; the groups' values sum to the model's.
+    """The averaged noise of one parameter group; traces and signals sum to the model's.
 
     Attributes:
+        scale: tr(Sigma) / |G|^2 of this group's coordinates; infinite where the signal is not
+            positive.
+        scale_interval: its two-sided confidence interval (Fieller).
         trace: tr(Sigma) of this group's coordinates.
         signal: |G|^2 of this group's coordinates.
     """
 
+    scale: float
+    scale_interval: tuple[float, float]
     trace: float
     signal: float
-
-    @property
-    def scale(self) -> float:
-        """The group's noise scale tr(Sigma) / |G|^2; infinite where the signal is not positive."""
-        return self.trace / self.signal if self.signal > 0 else math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class NoiseEstimator:
         samples_measured: samples seen when the last window was measured.
         windows: windows that could be measured.
         average: the joint average over all parameters.
-        groups: the averages of each parameter group.
+        groups: the averages of each parameter group, with the same weights.
     """
 
     half_life_fraction: float = field(default=0.03, metadata=SETTING)
@@ -104,7 +104,7 @@ class NoiseEstimator:
     samples_measured: float = 0.0
     windows: int = 0
     average: Average = field(default_factory=Average)
-    groups: tuple[GroupNoise, ...] = ()
+    groups: tuple[Average, ...] = ()
 
     def update(self, window: WindowNorms) -> "NoiseEstimator":
         """Count a window's samples, and learn from it if it holds two gradients or more.
@@ -129,7 +129,7 @@ class NoiseEstimator:
             samples_measured=seen,
             windows=self.windows + 1,
             average=average,
-            groups=self._update_groups(parts, 1 / average.weight),
+            groups=self._update_groups(parts, decay),
         )
 
     def _decay(self, seen: float) -> float:
@@ -139,16 +139,17 @@ class NoiseEstimator:
         least = min(self.half_life_windows, max(EARLY_SHARE * self.windows, 1.0))
         return float(2 ** -min(elapsed, 1 / least))
 
-    def _update_groups(self, parts: tuple[NoiseSample, ...], rate: float) -> tuple[GroupNoise, ...]:
-        if len(self.groups) != len(parts):
-            return tuple(GroupNoise(part.trace, part.signal) for part in parts)
+    def _update_groups(self, parts: tuple[NoiseSample, ...], decay: float) -> tuple[Average, ...]:
+        known = self.with_groups(len(parts) - len(self.groups)).groups
         return tuple(
-            GroupNoise(
-                old.trace + rate * (new.trace - old.trace),
-                old.signal + rate * (new.signal - old.signal),
-            )
-            for old, new in zip(self.groups, parts, strict=True)
+            group.update(part.trace, part.signal, decay, limit=math.inf)
+            for group, part in zip(known, parts, strict=True)
         )
+
+    def with_groups(self, number: int) -> "NoiseEstimator":
+        """The same estimator with so many more groups, which had no noise and no signal so far."""
+        new = Average(weight=self.average.weight, weight_sq=self.average.weight_sq)
+        return replace(self, groups=self.groups + (new,) * number)
 
     def norm_at(self, batch: float) -> float:
         """The predicted root mean square of |g| at a batch: m(B) = sqrt(|G|^2 + tr(Sigma)/B)."""
@@ -161,10 +162,7 @@ class NoiseEstimator:
         average = self.average
         if self.windows < MIN_WINDOWS or average.count <= 1:
             return None
-        bounds = ratio_bounds(
-            average.trace, average.signal, *average.covariance_of_means(), confidence
-        )
-        scale = max(average.trace, 0.0) / average.signal if average.signal > 0 else math.inf
+        scale, bounds = _ratio(average, confidence)
         low, high = bounds.interval
         return NoiseEstimate(
             scale=scale,
@@ -183,8 +181,20 @@ class NoiseEstimator:
             effective_count=average.effective_count,
             winsorised=average.winsorised,
             unit=unit,
-            groups=self.groups,
+            groups=tuple(_group(group, confidence) for group in self.groups),
         )
+
+
+def _ratio(average: Average, confidence: float) -> tuple[float, RatioBounds]:
+    """The noise scale and its bounds."""
+    trace, signal = average.trace, average.signal
+    bounds = ratio_bounds(trace, signal, *average.covariance_of_means(), confidence)
+    return (max(trace, 0.0) / signal if signal > 0 else math.inf), bounds
+
+
+def _group(average: Average, confidence: float) -> GroupNoise:
+    scale, bounds = _ratio(average, confidence)
+    return GroupNoise(scale, bounds.interval, average.trace, average.signal)
 
 
 def _pull(parts: tuple[NoiseSample, ...], trace: float, signal: float) -> tuple[NoiseSample, ...]:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from noiseopt.adaptation import Adaptation
+from noiseopt.adaptation import Adaptation, group_names
 from noiseopt.capture import device_of, end_row, local, scale_all
 from noiseopt.control import NoiseConfig
 from noiseopt.distributed import Ranks
@@ -84,17 +84,14 @@ class NoiseAware(SavesNoise):
         self._device = device_of(self._all_params())
         groups = self._all_params()
         ranks = Ranks.of(groups, self._process_group)
-        self._adaptation = Adaptation(self.config, self.rate_rule, len(groups), ranks)
+        self._adaptation = Adaptation(
+            self.config, self.rate_rule, group_names(self.param_groups), ranks
+        )
         self._adaptation.settings = self._settings
         self._collector = GradientCollector(self.config, ranks, groups, self._adaptation)
         self._restore()
 
     # ------------------------------------------------------------------ what is offered
-
-    @property
-    def rule_name(self) -> str:
-        """The learning-rate rule: a key of `noiseopt.control.RATE_RULES`."""
-        return self.rate_rule
 
     @property
     def applied(self) -> bool:

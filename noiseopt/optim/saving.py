@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from noiseopt.adaptation import Adaptation
+from noiseopt.adaptation import Adaptation, group_names
 from noiseopt.control import NoiseConfig
 from noiseopt.distributed import Ranks
 from noiseopt.optim.checks import check_group
@@ -46,7 +46,7 @@ class SavesNoise(NoiseReadings, Optimizer):
                     "the new group's gradients are averaged over other ranks than those of the "
                     "optimizer's other parameters: give them an optimizer of their own"
                 )
-            self._adaptation.add_group()
+            self._adaptation.set_groups(group_names(self.param_groups))
             self._start_numbers(group)
             self._collector.add_group(group["params"])
 

@@ -12,13 +12,12 @@ MAX_CHANGES = 12
 
 def facts(record: Record) -> list[tuple[str, str]]:
     """The facts of a run, as pairs of a name and a text; the verdict comes last."""
-    decisions, config = record.decisions, record.header.config
+    decisions, config = record.decisions, record.config
     if not decisions:
         return [("verdict", "undecided: the run ended before its first decision")]
     last = decisions[-1]
     noise = last.noise
-    counted = "micro-batches" if config.samples_per_micro_batch is None else "samples"
-    unit = noise.unit if noise else counted
+    unit = last.unit
     found = [
         ("updates", f"{last.num_updates}"),
         (unit, f"{last.samples_seen:.10g}"),

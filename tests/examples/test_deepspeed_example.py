@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from noiseopt.record import read
+from noiseopt.record import read, replay
 from tests.distributed.ranks import RANKS
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "deepspeed"
@@ -79,12 +79,14 @@ def test_started_by_torchrun_and_again_it_goes_on(noise, tmp_path):
     }
 
     start(TORCHRUN, 3, *arguments, 2 * STEPS)
-    second = read(tmp_path / "decisions-1.jsonl")
-    assert second.header == first.header
-    before, after = first.decisions[-1], second.decisions[0]
-    assert after.num_updates == before.num_updates + INTERVAL
+    both = read(tmp_path / "decisions.jsonl")
+    assert both.decisions[: len(first.decisions)] == first.decisions
+    assert updates(both) == [INTERVAL * (1 + index) for index in range(6)]
+    assert both.stretches[1].start.config == both.stretches[0].start.config
+    before, after = both.stretches[0].decisions[-1], both.stretches[1].decisions[0]
     assert after.samples_seen > before.samples_seen
     assert after.noise.count > before.noise.count
+    assert all(replayed.same for replayed in replay(both))
 
 
 def test_started_by_deepspeed_it_writes_the_record_where_it_is_told(noise, tmp_path):

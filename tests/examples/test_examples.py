@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from noiseopt.record import read
+from noiseopt.record import from_line, read, replay
 from tests.distributed.ranks import RANKS
 
 ROOT = Path(__file__).parents[2]
@@ -93,25 +93,22 @@ def fsdp2(noise, tmp_path_factory):
     return Runs("train_fsdp2.py", tmp_path_factory.mktemp("fsdp2"), *arguments).start_again()
 
 
-def decisions(folder, attempt=0):
-    return read(folder / f"decisions-{attempt}.jsonl").decisions
-
-
-def assert_same_decisions(resumed, straight):
-    """The record of the first decision after a start lacks the windows from before it."""
-    expected = [d for d in straight if d.num_updates >= resumed[0].num_updates][: len(resumed)]
-    assert replace(resumed[0], windows=()) == replace(expected[0], windows=())
-    assert resumed[1:] == tuple(expected[1:])
+def record(folder):
+    return read(folder / "decisions.jsonl")
 
 
 def assert_goes_on_as_if_never_killed(runs):
-    """What was lost is done again: the attempts overlap, and together they are the whole run."""
-    expected = decisions(runs.straight)
-    first, second = decisions(runs.killed), decisions(runs.killed, 1)
-    assert first == expected[: len(first)]
-    assert_same_decisions(second, expected)
-    assert second[-1].num_updates == expected[-1].num_updates
-    assert first[-1].num_updates >= second[0].num_updates == 70
+    """What was lost is done again, and recorded once; what is replaced is kept apart."""
+    straight, killed = record(runs.straight).decisions, record(runs.killed)
+    first, second = killed.stretches
+    assert all(replayed.same for replayed in replay(killed))
+    assert first.decisions == straight[: len(first.decisions)]
+    # The first decision after a start tells the windows since the checkpoint.
+    again = second.decisions[0]
+    whole = (*first.decisions, replace(again, windows=straight[len(first.decisions)].windows))
+    assert whole + second.decisions[1:] == straight
+    lost = (runs.killed / "decisions.superseded.jsonl").read_text().splitlines()
+    assert from_line(lost[0])[0].num_updates == again.num_updates == 70
 
 
 def assert_same_bits(one, other):
@@ -141,10 +138,10 @@ def whole(folder, tmp_path):
 
 
 def assert_adapts(runs):
-    record = read(runs.straight / "decisions-0.jsonl")
-    assert not record.cut
-    assert {d.ranks for d in record.decisions} == {RANKS}
-    changes = [d for d in record.decisions if d.action != "hold"]
+    found = record(runs.straight)
+    assert not found.cut
+    assert {d.ranks for d in found.decisions} == {RANKS}
+    changes = [d for d in found.decisions if d.action != "hold"]
     assert changes
     assert all(f"{d.num_updates} {d.action} {d.reason}" in runs.output for d in changes)
 
@@ -177,9 +174,9 @@ def test_fsdp2_goes_on_on_one_rank_with_its_estimate_and_its_batch(fsdp2, tmp_pa
     saved = min(fsdp2.straight.glob("checkpoint-*"))
     shutil.copytree(saved, tmp_path / saved.name)
     torchrun(*fsdp2.command, "--bf16", "--folder", tmp_path, ranks=1)
-    found = decisions(tmp_path)
+    found = record(tmp_path).decisions
     first = found[0]
-    (before,) = (d for d in decisions(fsdp2.straight) if d.num_updates == first.num_updates)
+    (before,) = (d for d in record(fsdp2.straight).decisions if d.num_updates == first.num_updates)
     assert first.num_updates == 40
     assert {d.ranks for d in found} == {1}
     assert first.accumulation_steps == RANKS * before.accumulation_steps

@@ -235,7 +235,7 @@ def all_accepted(rank):
     seen = {}
     for name, change in ACCEPTED.items():
         noise = engine_for(initialize, change).noise_aware
-        seen[name] = noise.config, noise.max_norm, noise.rule_name
+        seen[name] = noise.config, noise.max_norm, noise._adaptation.rule
     return seen
 
 

@@ -7,11 +7,12 @@ from noiseopt.control import Controller, NoiseConfig, Window, metrics, sqrt_gain
 from noiseopt.estimate import WindowNorms
 
 
-def decision_after(windows: int):
-    config = NoiseConfig(accumulation_steps=2, samples_per_micro_batch=4)
-    controller = Controller.create(config, sqrt_gain)
+def decision_after(windows: int, groups: int = 1, **settings):
+    config = NoiseConfig(accumulation_steps=2, samples_per_micro_batch=4, **settings)
+    controller = Controller.create(config, sqrt_gain, groups)
     for index in range(windows):
-        norms = WindowNorms.from_micro_batches([5.0, 5.0 + index % 3], 3.0 + index % 2, [4, 4])
+        small, big = (5.0 + index % 3 / 2,) * groups, (3.0 + index % 2,) * groups
+        norms = WindowNorms(small, big, 4.0, 8.0, 2, 8.0)
         controller = controller.learn(Window(norms, micro_batches=2))
     return controller.decide(lr=1e-3)[1]
 
@@ -43,5 +44,31 @@ def test_only_finite_floats_come_out():
     assert not {"noise/scale", "noise/scale_high", "noise/signal", "decide/loss"} & found.keys()
 
 
-def test_names_are_one_level_deep():
-    assert all(name.count("/") == 1 for name in metrics(decision_after(40)))
+def test_a_single_group_is_the_model_and_is_not_named_again():
+    assert {name.split("/")[0] for name in metrics(decision_after(40))} == {
+        "noise",
+        "decide",
+        "clip",
+    }
+
+
+def test_groups_are_named_by_number_or_as_they_are_called():
+    decision = decision_after(40, groups=2)
+    group = decision.noise.groups[1]
+    for names, name in ((), "1"), (("decayed", "rest"), "rest"), (("of another",), "1"):
+        found = metrics(decision, names)
+        assert found[f"group/{name}/scale"] == group.scale
+        assert found[f"group/{name}/scale_low"] == group.scale_interval[0]
+        assert found[f"group/{name}/trace"] == group.trace
+        assert found[f"group/{name}/signal"] == group.signal
+
+
+def test_tokens_are_told_where_their_number_is_known():
+    assert "noise/tokens" not in metrics(decision_after(40))
+    assert metrics(decision_after(40, tokens_per_sample=128))["noise/tokens"] == 40 * 8 * 128
+
+
+def test_updates_saved_are_counted_against_windows_of_the_first_length():
+    decision = replace(decision_after(40), num_updates=30)
+    assert decision.reference_updates == 40
+    assert metrics(decision)["decide/updates_saved"] == 10

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from noiseopt import cli, report
-from noiseopt.control import Controller, NoiseConfig, Window, sqrt_gain
+from noiseopt.control import Controller, NoiseConfig, Start, Window, sqrt_gain
 from noiseopt.estimate import WindowNorms, noise_fraction
 from noiseopt.record import DecisionLog, Record, read
 from noiseopt.report.table import plain
@@ -46,9 +46,10 @@ def with_interval(low, high, count=100.0, batch=8.0):
 
 
 def write(folder, decisions):
-    with DecisionLog(folder / report.RECORD, CONFIG, "adam") as log:
-        for decision in decisions:
-            log(decision)
+    log = DecisionLog(folder / report.RECORD)
+    log.on_start(lambda: Start.of_run(CONFIG, "adam"))
+    for decision in decisions:
+        log(decision)
     return read(folder / report.RECORD)
 
 

@@ -18,7 +18,7 @@ INTEGERS = {
 }  # with the least allowed value
 AT_LEAST_ONE = ("half_life_windows", "winsorise", "min_count", "max_lr_factor")
 AT_LEAST_ZERO = ("dwell_fraction", "loss_tolerance")
-POSITIVE = ("samples_per_micro_batch", "noise_margin", "clip_z", "max_norm")
+POSITIVE = ("samples_per_micro_batch", "tokens_per_sample", "noise_margin", "clip_z", "max_norm")
 SHARES = ("half_life_fraction", "confidence", "decay_noise_fraction", "min_beta2")
 FLOATS = (*AT_LEAST_ONE, *AT_LEAST_ZERO, *POSITIVE, *SHARES)
 SWITCHES = (
@@ -43,6 +43,7 @@ OUT_OF_RANGE = [
     *((name, math.nan) for name in FLOATS),
     ("probe_interval", 1),
     ("samples_per_micro_batch", math.inf),
+    ("tokens_per_sample", math.inf),
     ("noise_margin", math.inf),
     ("confidence", 0.05),
     ("mode", "on"),
@@ -108,6 +109,7 @@ def test_the_defaults_and_the_edges_are_valid():
         **dict.fromkeys(AT_LEAST_ZERO, 0),
         "max_norm": math.inf,
         "samples_per_micro_batch": None,
+        "tokens_per_sample": None,
         "mode": "off",
         "accumulation": "external",
     }

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from noiseopt.control import ControllerState, NoiseConfig, from_numbers, to_numbers
-from noiseopt.estimate import GroupNoise
+from noiseopt.estimate.average import Average
 
 
 def initial(groups=1, **settings):
@@ -23,7 +23,7 @@ def test_the_names_follow_the_nesting():
 
 
 def test_a_round_trip_restores_values_and_types():
-    groups = (GroupNoise(1.5, -0.5), GroupNoise(3.0, 0.25))
+    groups = (Average(trace=1.5, signal=-0.5), Average(trace=3.0, signal=0.25))
     state = initial(groups=2)
     state = replace(state, estimator=replace(state.estimator, groups=groups), num_updates=3)
     numbers = {name: float(value) for name, value in to_numbers(state).items()}

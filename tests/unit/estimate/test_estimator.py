@@ -120,6 +120,33 @@ def test_groups_sum_to_the_model_also_when_a_window_is_winsorised():
     )
 
 
+def test_a_group_has_the_interval_that_it_would_have_as_a_model():
+    rng = np.random.default_rng(3)
+    whole = NoiseEstimator(winsorise=math.inf).with_groups(2)
+    alone = [NoiseEstimator(winsorise=math.inf)] * 2
+    for _ in range(60):
+        small, big = rng.uniform(5, 9, 2).tolist(), rng.uniform(2, 5, 2).tolist()
+        whole = whole.update(WindowNorms(tuple(small), tuple(big), 8.0, 16.0, 2, 16.0))
+        alone = [
+            estimator.update(WindowNorms((s,), (b,), 8.0, 16.0, 2, 16.0))
+            for estimator, s, b in zip(alone, small, big, strict=True)
+        ]
+    for group, estimator in zip(whole.estimate(16.0).groups, alone, strict=True):
+        estimate = estimator.estimate(16.0)
+        assert (group.scale, group.scale_interval) == (estimate.scale, estimate.scale_interval)
+        assert (group.trace, group.signal) == (estimate.trace, estimate.signal)
+
+
+def test_a_group_that_comes_later_counts_as_nothing_until_then():
+    estimator = fed([window(64.0, 4.0)] * 20).with_groups(1)
+    for _ in range(20):
+        small, big = 4.0 + 64.0 / 8, 4.0 + 64.0 / 16
+        estimator = estimator.update(WindowNorms((small, small), (big, big), 8.0, 16.0, 2, 16.0))
+    estimate = estimator.estimate(16.0)
+    assert sum(group.signal for group in estimate.groups) == pytest.approx(estimate.signal)
+    assert estimate.groups[1].signal < estimate.groups[0].signal
+
+
 def test_a_signal_below_zero_gives_an_infinite_scale_and_a_finite_lower_bound():
     rng = np.random.default_rng(2)
     pairs = rng.normal([64.0, -0.1], [4.0, 1.0], (40, 2)).tolist()

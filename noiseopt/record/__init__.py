@@ -1,0 +1,32 @@
+"""The record of a run: every decision with its evidence, one JSON object to a line.
+
+A file is a sequence of *starts* and *decisions*. A start says what decides from there on: the
+settings, the learning-rate rule, the parameter groups and the controller's state. A decision holds
+what was measured since the one before, what was decided and why. So every stretch can be decided
+again, and compared, from the file alone, also one that begins at a checkpoint.
+
+Every line has
+
+- `schema`: the version of this format, 2;
+- `kind`: "start" or "decision";
+- `time`: when it was written, in seconds since 1970;
+- `config_hash`: of the settings that decided; a start line tells them all.
+
+A start has `version` (of noiseopt) and the fields of `noiseopt.control.Start`, a decision those of
+`noiseopt.control.Decision`, where they are described. `windows` holds a list for each window, the
+fields of `noiseopt.control.Window` in their order. The lines are strict JSON: floats that are not
+finite are the strings "inf", "-inf" and "nan".
+
+Files are bounded: a full `decisions.jsonl` becomes `decisions.1.jsonl`, that becomes
+`decisions.2.jsonl`, and so on; the oldest goes. Each begins with a start.
+"""
+
+from noiseopt.record.lines import SCHEMA as SCHEMA
+from noiseopt.record.lines import from_line as from_line
+from noiseopt.record.lines import to_line as to_line
+from noiseopt.record.log import DecisionLog as DecisionLog
+from noiseopt.record.reading import Record as Record
+from noiseopt.record.reading import Stretch as Stretch
+from noiseopt.record.reading import read as read
+from noiseopt.record.replay import Replayed as Replayed
+from noiseopt.record.replay import replay as replay

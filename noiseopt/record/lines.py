@@ -1,0 +1,138 @@
+"""One line of a record: a start or a decision as strict JSON, and back without a loss."""
+
+import functools
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, get_args, get_origin, get_type_hints
+
+import noiseopt
+from noiseopt.control import (
+    RATE_RULES,
+    ControllerState,
+    Decision,
+    NoiseConfig,
+    Start,
+    Window,
+    from_numbers,
+    to_numbers,
+)
+from noiseopt.estimate import WindowNorms
+
+SCHEMA = 2
+
+IN_ORDER = (Window, WindowNorms)  # written as lists, without names: they are most of a record
+
+
+def to_line(item: Start | Decision, config_hash: str = "") -> str:
+    """Write a start or a decision as one line, without the line's end.
+
+    Args:
+        item: what to write.
+        config_hash: of the settings that decided; a start tells its own.
+    """
+    values: dict[str, Any] = {"schema": SCHEMA, "kind": "decision", "time": round(time.time(), 3)}
+    if isinstance(item, Start):
+        values |= {"kind": "start", "version": noiseopt.__version__}
+        values |= {"config_hash": hash_of(item.config), "config": _encode(item.config)}
+        values |= {"rule": item.rule, "groups": list(item.groups)}
+        values["state"] = {name: _encode(value) for name, value in to_numbers(item.state).items()}
+    else:
+        values |= {"config_hash": config_hash, **_encode(item)}
+    return json.dumps(values, allow_nan=False)
+
+
+def from_line(line: str | bytes) -> tuple[Start | Decision, float]:
+    """Read what `to_line` wrote: the start or decision, exactly, and when it was written.
+
+    Raises:
+        ValueError: the line is not JSON, is of another schema, or is neither.
+    """
+    values = parse(line)
+    if values.get("kind") == "start":
+        return _start(values), float(values["time"])
+    decision: Decision = _decode(Decision, values, "Decision")
+    return decision, float(values["time"])
+
+
+def parse(line: str | bytes) -> dict[str, Any]:
+    """The line's JSON object, seen to be of this schema.
+
+    Raises:
+        ValueError: it is not.
+    """
+    values = json.loads(line)
+    if not isinstance(values, dict) or "schema" not in values:
+        raise ValueError(f"{line[:40]!r} does not say its schema: this is not a record of noiseopt")
+    if values["schema"] != SCHEMA:
+        raise ValueError(f"its schema is {values['schema']!r}; this noiseopt reads {SCHEMA}")
+    if not isinstance(values.get("time"), int | float):
+        raise ValueError(f"its time is {values.get('time')!r}, not a number of seconds")
+    return values
+
+
+def hash_of(config: NoiseConfig) -> str:
+    """A short name for settings: the same for the same values."""
+    return hashlib.sha256(repr(config).encode()).hexdigest()[:12]
+
+
+def _start(values: Mapping[str, Any]) -> Start:
+    missing = {"config", "rule", "groups", "state"} - values.keys()
+    if missing:
+        raise ValueError(f"Start lacks {', '.join(sorted(missing))}")
+    config: NoiseConfig = _decode(NoiseConfig, values["config"], "Start.config")
+    if values["rule"] not in RATE_RULES:
+        raise ValueError(f"rule is {values['rule']!r}: it must be one of {tuple(RATE_RULES)}")
+    groups: tuple[str, ...] = _decode(tuple[str, ...], values["groups"], "Start.groups")
+    if not isinstance(values["state"], dict):
+        raise ValueError(f"Start.state is {values['state']!r}, not an object")
+    numbers = {
+        name: float(number) if isinstance(number, str) else number
+        for name, number in values["state"].items()
+    }
+    state = from_numbers(ControllerState.initial(config, len(groups)), numbers)
+    return Start(config, values["rule"], groups, state)
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, IN_ORDER):
+        return [_encode(getattr(value, item.name)) for item in fields(value)]
+    if is_dataclass(value):
+        return {item.name: _encode(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, tuple):
+        return [_encode(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(float(value))
+    return value
+
+
+def _decode(kind: Any, value: Any, name: str) -> Any:
+    """Give a JSON value the type that its field is annotated with."""
+    kinds = get_args(kind)
+    if type(None) in kinds:
+        return None if value is None else _decode(kinds[0], value, name)
+    if get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(_decode(kinds[0], item, name) for item in value)
+    if kind in IN_ORDER and isinstance(value, list):
+        value = dict(zip(_hints(kind), value, strict=False))
+    if is_dataclass(kind) and isinstance(value, dict):
+        return _decode_fields(kind, value, name)
+    if kind is float and type(value) in (int, float, str):
+        return float(value)
+    if get_origin(kind) is tuple or type(value) is not kind:
+        raise ValueError(f"{name} is {value!r}, not {kind}")
+    return value
+
+
+def _decode_fields(kind: Any, values: dict[str, Any], name: str) -> Any:
+    hints = _hints(kind)
+    missing = hints.keys() - values
+    if missing:
+        raise ValueError(f"{name} lacks {', '.join(sorted(missing))}")
+    return kind(**{item: _decode(hints[item], values[item], f"{name}.{item}") for item in hints})
+
+
+_hints = functools.cache(get_type_hints)

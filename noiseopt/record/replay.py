@@ -1,0 +1,79 @@
+"""A recorded run decided again: by its own settings, or by others."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from noiseopt.control import Controller, Decision, Start
+from noiseopt.record.reading import Record
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """A decision as it was recorded, and as it comes out again from the same measurements.
+
+    Attributes:
+        recorded: the decision in the record.
+        again: what is decided now.
+    """
+
+    recorded: Decision
+    again: Decision
+
+    @property
+    def same(self) -> bool:
+        """Whether they are equal, evidence and reason included."""
+        return self.recorded == self.again
+
+    @property
+    def same_deed(self) -> bool:
+        """Whether they lead to the same windows, rates and clipping."""
+        one, other = self.recorded, self.again
+        return (one.accumulation_steps, one.rates, one.max_norm) == (
+            other.accumulation_steps,
+            other.rates,
+            other.max_norm,
+        )
+
+
+def replay(record: Record, changes: Mapping[str, Any] | None = None) -> Iterator[Replayed]:
+    """Decide a recorded run again, from its measurements and learning rates.
+
+    By its own settings, every stretch is decided again from the state it began with, and the same
+    comes out unless the rules have changed since. With changed settings, what was measured stays
+    as it is: what another window would have done to the gradients is not known, only what would
+    have been decided from these.
+
+    Args:
+        record: the run.
+        changes: values of `NoiseConfig` to be changed.
+
+    Raises:
+        ValueError: a changed value is out of range.
+        TypeError: there is no such setting, or its value is of the wrong type.
+    """
+    controller: Controller | None = None
+    for stretch in record.stretches:
+        if not changes:
+            controller = stretch.start.controller()
+        else:
+            controller = _changed(stretch.start, changes, controller)
+        for recorded in stretch.decisions:
+            if recorded.unit == "samples":
+                controller = controller.counting_samples()  # as set_samples() has it
+            for window in recorded.windows:
+                controller = controller.learn(window)
+            controller, again = controller.decide(recorded.lr, recorded.windows)
+            yield Replayed(recorded, again)
+
+
+def _changed(start: Start, changes: Mapping[str, Any], before: Controller | None) -> Controller:
+    """The controller that goes on, or begins, with changed settings."""
+    config = replace(start.config, **changes)
+    if before is not None:
+        more = len(start.groups) - len(before.state.estimator.groups)
+        return replace(before.with_groups(more), config=config)
+    if start.state.num_windows:
+        return replace(start.controller().at(start.state.within(config)), config=config)
+    fresh = Start.of_run(config, start.rule, start.groups).controller()
+    return fresh.on_ranks(start.state.num_ranks)
