@@ -5,19 +5,29 @@
 
 The values ride on the run's next own row: nothing is committed and no step is named, for a row with
 an older step is dropped without an error. So the step stays yours, and if you log more rarely than
-decisions are made, a row carries the newest of them. The charts' axis is the samples seen.
+decisions are made, a row carries the newest of them. The charts' axis is the samples seen; the
+updates, `decide/num_updates`, can be chosen instead.
 """
 
 import math
-import warnings
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from noiseopt.control import Decision, NoiseConfig, metrics
+from noiseopt.control import Decision, NoiseConfig, Progress, Start, metrics
+from noiseopt.integrations.sink import Sink
 
 AXIS = "noise/samples"
-SECTIONS = ("noise/*", "decide/*", "clip/*")
+SECTIONS = ("noise/*", "decide/*", "clip/*", "group/*")
+TABLE = "decide/changes"
+COLUMNS = (
+    *("update", "samples", "action", "window", "batch", "lr_factor", "max_norm", "noise_scale"),
+    *("noise_scale_low", "noise_scale_high", "reason"),
+)
+MAX_ROWS = 1000
+TABLE_SECONDS = 60.0
+SPIKE = 0.1  # the clip coefficient below which a gradient is told of
 
 
 class Run(Protocol):
@@ -37,57 +47,119 @@ class Run(Protocol):
     def log(self, data: dict[str, Any], *, commit: bool | None = None) -> None:
         """Add values to the current row."""
 
+    def alert(self, title: str, text: str, level: str | None = None) -> None:
+        """Send a message to the run's owner."""
+
 
 class WandbObserver:
     """Log each decision to a run. Trouble with wandb is warned of once and never stops training.
 
+    The settings go into the run's config. The summary holds the last values, the samples that the
+    batches have saved against the first one (negative where they cost some; by the measured noise,
+    see `noiseopt.control.Progress`), and a table of the changes. Alerts are sent when a change is
+    reverted, when gradients are not finite or spike, and when ranks disagree.
+
     Args:
         run: the run; the active one if not given. In a distributed run only rank 0 has one.
-        config: the optimizer's settings, to be kept under "noiseopt" in the run's own.
+        prefix: put before every name, such as "critic/" for the second of two optimizers.
+        seconds: the least time between two decisions that are logged; 0 logs all.
         commit: give each decision a row of its own. This advances the run's step: only for a run
             to which nothing else is logged.
 
     Raises:
-        ValueError: no run was given and none is active.
+        ValueError: no run was given and none is active, or `seconds` is negative.
     """
 
     def __init__(
-        self, run: Run | None = None, config: NoiseConfig | None = None, *, commit: bool = False
+        self,
+        run: Run | None = None,
+        *,
+        prefix: str = "",
+        seconds: float = 1.0,
+        commit: bool = False,
     ) -> None:
-        self._run: Run | None = _active_run() if run is None else run
-        self._commit = commit
+        if not seconds >= 0:
+            raise ValueError(f"seconds is {seconds}: it must be at least 0")
+        self._sink = Sink[Run](_active_run() if run is None else run, "wandb")
+        self._prefix, self._seconds, self._commit = prefix, seconds, commit
+        self._logged_at = self._tabled_at = -math.inf
+        self._groups: tuple[str, ...] = ()
         self._names: set[str] = set()
         self._last: Decision | None = None
-        self._try(lambda run: _declare(run, config))
+        self._progress = Progress()
+        self._changes: list[Decision] = []
+        self._has_new_changes = False
+        self._sink.write(lambda run: _declare(run, prefix))
+
+    def on_start(self, now: Callable[[], Start]) -> None:
+        """Decisions begin, or begin anew after a load: keep the settings in the run's own."""
+        start = now()
+        self._groups, self._last = start.groups, None
+        config = {f"{self._prefix}noiseopt": _plain(start.config)}
+        self._sink.write(lambda run: run.config.update(config, allow_val_change=True))
+
+    def on_error(self, error: Exception) -> None:
+        """Training stops because ranks disagree: tell the run's owner."""
+        self._sink.write(
+            lambda run: run.alert(f"{self._prefix}noiseopt stopped", str(error), "ERROR")
+        )
 
     def __call__(self, decision: Decision) -> None:
         """Log a decision; values that are not finite are left out."""
-        values = metrics(decision)
-        self._names |= values.keys()
-        self._last = decision
-        self._try(lambda run: run.log(values, commit=self._commit))
+        self._take(decision)
+        now = time.monotonic()
+        if now - self._logged_at >= self._seconds:
+            self._logged_at = now
+            self._sink.write(lambda run: run.log(self._values(decision), commit=self._commit))
+        if self._has_new_changes and now - self._tabled_at >= TABLE_SECONDS:
+            self._tabled_at = now
+            self._sink.write(self._write_table)
 
     def close(self) -> None:
-        """Put the last decision into the summary; call it before the run's own `finish()`.
+        """Complete the summary with the last decision; call it before the run's own `finish()`.
 
         A value that was logged earlier and is not finite or unknown at the end becomes None there.
         """
-        if self._last is not None:
-            final = dict.fromkeys(sorted(self._names)) | metrics(self._last)
-            self._try(lambda run: run.summary.update(final))
+        last = self._last
+        if last is not None:
+            final = dict.fromkeys(sorted(self._names)) | self._values(last)
+            final |= {f"{self._prefix}decide/samples_saved": self._samples_saved(last)}
+            self._sink.write(lambda run: run.summary.update(final))
+            if self._has_new_changes:
+                self._sink.write(self._write_table)
 
-    def _try(self, action: Callable[[Run], object]) -> None:
-        if self._run is None:
-            return
-        try:
-            action(self._run)
-        except Exception as error:  # whatever wandb raises, training goes on
-            self._run = None
-            warnings.warn(
-                f"noiseopt logs nothing more to wandb: {type(error).__name__}: {error}",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+    def _take(self, decision: Decision) -> None:
+        before, self._last = self._last, decision
+        if before is not None:
+            self._progress = self._progress.after(*_step(before, decision))
+        if decision.action != "hold":
+            self._changes.append(decision)
+            del self._changes[:-MAX_ROWS]
+            self._has_new_changes = True
+        for title, text in _troubles(before, decision):
+            self._alert(f"noiseopt: {title}", text, "WARN")
+
+    def _alert(self, title: str, text: str, level: str) -> None:
+        self._sink.write(lambda run: run.alert(self._prefix + title, text, level))
+
+    def _values(self, decision: Decision) -> dict[str, Any]:
+        found = metrics(decision, self._groups)
+        values = {f"{self._prefix}{name}": value for name, value in found.items()}
+        self._names |= values.keys()
+        return values
+
+    def _samples_saved(self, last: Decision) -> float | None:
+        if not self._progress.samples or not last.reference_updates:
+            return None
+        reference = last.samples_seen / last.reference_updates
+        return self._progress.samples_at(reference) - self._progress.samples
+
+    def _write_table(self, run: Run) -> None:
+        import wandb
+
+        rows = [_row(change) for change in self._changes]
+        self._has_new_changes = False
+        run.summary[f"{self._prefix}{TABLE}"] = wandb.Table(columns=list(COLUMNS), data=rows)
 
 
 def _active_run() -> Run:
@@ -100,16 +172,48 @@ def _active_run() -> Run:
     return wandb.run
 
 
-def _declare(run: Run, config: NoiseConfig | None) -> None:
-    run.define_metric(AXIS)
+def _declare(run: Run, prefix: str) -> None:
+    run.define_metric(prefix + AXIS)
     for section in SECTIONS:
-        run.define_metric(section, step_metric=AXIS)
-    if config is not None:
-        run.config.update({"noiseopt": _plain(asdict(config))})
+        run.define_metric(prefix + section, step_metric=prefix + AXIS)
 
 
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(config: NoiseConfig) -> dict[str, Any]:
+    settings: Mapping[str, Any] = asdict(config)
     return {
         name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in settings.items()
     }
+
+
+def _step(before: Decision, decision: Decision) -> tuple[float, float, float]:
+    """Updates and samples since the decision before, and the noise scale; none if unknown."""
+    if decision.noise is None:
+        return 0.0, 0.0, 0.0
+    updates = decision.num_updates - before.num_updates
+    return updates, decision.samples_seen - before.samples_seen, decision.noise.scale
+
+
+def _troubles(before: Decision | None, decision: Decision) -> list[tuple[str, str]]:
+    """What the run's owner should hear of, as titles and texts."""
+    at = f"at update {decision.num_updates}"
+    found = []
+    if decision.action == "revert":
+        found.append(("a change was reverted", f"{at}: {decision.reason}"))
+    skipped = decision.total_skipped - (before.total_skipped if before else 0)
+    if skipped > 0:
+        text = f"{at}: {skipped} micro-batches were left out, {decision.total_skipped} so far"
+        found.append(("gradients are not finite", text))
+    if decision.clip_coefficient < SPIKE:
+        text = f"{at}: a gradient was clipped to {decision.clip_coefficient:.3g} of its norm"
+        found.append(("the gradient spikes", text))
+    return found
+
+
+def _row(change: Decision) -> list[Any]:
+    noise = change.noise
+    scales = (noise.scale, *noise.scale_interval) if noise else (None, None, None)
+    numbers = (change.rates.lr, change.max_norm, *scales)
+    lr_factor, *others = (n if n is not None and math.isfinite(n) else None for n in numbers)
+    counts = (change.num_updates, change.samples_seen, change.action, change.accumulation_steps)
+    return [*counts, change.batch, lr_factor, *others, change.reason]

@@ -286,7 +286,8 @@ class EngineNoise(NoiseReadings):
     def _write_events(self, decision: Decision) -> None:
         """Send a decision to wandb, TensorBoard and CSV files, as far as the config opens them."""
         samples = self._engine.global_samples
-        events = [(name, value, samples) for name, value in metrics(decision).items()]
+        values = metrics(decision, self._adaptation.groups)
+        events = [(name, value, samples) for name, value in values.items()]
         self._engine.monitor.write_events(events)
 
     # ------------------------------------------------------------------ state

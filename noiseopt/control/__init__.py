@@ -5,6 +5,7 @@ from noiseopt.control.controller import Controller as Controller
 from noiseopt.control.decision import Decision as Decision
 from noiseopt.control.decision import Window as Window
 from noiseopt.control.metrics import metrics as metrics
+from noiseopt.control.progress import Progress as Progress
 from noiseopt.control.proposal import unknown as unknown
 from noiseopt.control.rates import RATE_RULES as RATE_RULES
 from noiseopt.control.rates import RateRule as RateRule

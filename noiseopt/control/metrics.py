@@ -35,6 +35,7 @@ def metrics(decision: Decision, groups: Sequence[str] = ()) -> dict[str, float]:
         "clip/max_norm": decision.max_norm,
         "clip/grad_norm": decision.grad_norm,
         "clip/coefficient": decision.clip_coefficient,
+        "clip/share_clipped": decision.total_clipped / max(decision.num_updates, 1),
         "clip/total_clipped": decision.total_clipped,
         "clip/total_skipped": decision.total_skipped,
     }

@@ -36,7 +36,7 @@ class Tracking:
         if isinstance(optimizer, NoiseAwareAdamW):
             from noiseopt.integrations.wandb import WandbObserver
 
-            self._observer = WandbObserver(self._run, optimizer.config, commit=True)
+            self._observer = WandbObserver(self._run, seconds=0, commit=True)
             optimizer.add_observer(self._observer)
         self._run.define_metric("samples")
         for name in ("train_loss", "validation_loss", "lr", "updates"):

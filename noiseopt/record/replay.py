@@ -7,6 +7,12 @@ from typing import Any
 from noiseopt.control import Controller, Decision, Start
 from noiseopt.record.reading import Record
 
+# These say what is measured and when is decided, which a record has settled.
+SETTLED = {
+    *("accumulation", "gradients", "loss_reduction", "skip_nonfinite"),
+    *("samples_per_micro_batch", "tokens_per_sample", "decision_interval", "probe_interval"),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
@@ -49,9 +55,13 @@ def replay(record: Record, changes: Mapping[str, Any] | None = None) -> Iterator
         changes: values of `NoiseConfig` to be changed.
 
     Raises:
-        ValueError: a changed value is out of range.
+        ValueError: a changed value is out of range, or is of what a record has settled.
         TypeError: there is no such setting, or its value is of the wrong type.
     """
+    settled = SETTLED & (changes or {}).keys()
+    if settled or (changes or {}).get("mode") == "off":
+        names = ", ".join(sorted(settled)) or "mode='off'"
+        raise ValueError(f"{names} cannot be changed: a record has settled what was measured")
     controller: Controller | None = None
     for stretch in record.stretches:
         if not changes:

@@ -52,10 +52,13 @@ class Written:
 
     def __init__(self, folder: Path):
         self.rows, self.metrics, self.summary, self.config = [], {}, {}, {}
+        self.alerts = []
         for record in finished(folder):
             kind = record.WhichOneof("record_type")
             if kind == "history":
                 self.rows.append(items(record.history.item))
+            elif kind == "alert":
+                self.alerts.append(record.alert)
             elif kind == "metric":
                 self.metrics[record.metric.name or record.metric.glob_name] = record.metric
             elif kind == "summary":
@@ -65,7 +68,7 @@ class Written:
 
     def own_rows(self):
         """Return the rows as the user logged them."""
-        ours = ("noise/", "decide/", "clip/", "_runtime", "_timestamp")
+        ours = ("noise/", "decide/", "clip/", "group/", "_runtime", "_timestamp")
         return [
             {name: value for name, value in row.items() if not name.startswith(ours)}
             for row in self.rows

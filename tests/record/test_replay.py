@@ -105,6 +105,8 @@ def test_a_changed_replay_of_what_was_resumed_keeps_to_its_limits(path):
         ({"max_accumulation_steps": 0}, ValueError, "max_accumulation_steps is 0"),
         ({"nonsense": 1}, TypeError, "nonsense"),
         ({"verify": 3}, TypeError, "verify is 3"),
+        ({"decision_interval": 5}, ValueError, "decision_interval cannot be changed"),
+        ({"mode": "off"}, ValueError, "mode='off' cannot be changed"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(path, changes, error, message):
