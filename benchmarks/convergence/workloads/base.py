@@ -1,0 +1,69 @@
+"""What a workload is."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+Batch = tuple[Tensor, ...]  # of equal first dimension, the samples; the model returns its mean loss
+
+SPLITS = ("tuning", "reporting")
+
+
+@dataclass(frozen=True)
+class Data:
+    """One split of a workload.
+
+    Attributes:
+        batches: the micro-batches of a run, by its seed: the same seed, the same ones in order.
+        held_out: what is validated on, in batches.
+    """
+
+    batches: Callable[[int], Iterator[Batch]]
+    held_out: list[Batch]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained, and for how long.
+
+    Attributes:
+        name: as in the results.
+        build: a new model, from torch's global generator. It returns a batch's mean loss.
+        load: the data of a split.
+        micro_batches: of one run; a multiple of 32, so that no constant window is left open.
+        micro_batch: samples in each.
+        lr: where the search for the rate of a window of 1 begins.
+        weight_decay: of every arm.
+        warm_up: the share of the run in which the learning rate rises.
+        settings: everything else that a change of would make another workload.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    load: Callable[[str], Data]
+    micro_batches: int
+    micro_batch: int
+    lr: float
+    weight_decay: float = 0.1
+    warm_up: float = 0.05
+    settings: dict[str, object] = field(default_factory=dict)
+
+    def schedule(self, done: int) -> float:
+        """The factor on the peak rate after so many micro-batches: warm-up, cosine to a tenth."""
+        rising = max(1, round(self.warm_up * self.micro_batches))
+        if done < rising:
+            return (done + 1) / rising
+        share = (done - rising) / max(1, self.micro_batches - rising)
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * min(share, 1.0)))
+
+    def described(self) -> dict[str, object]:
+        """What results depend on, as plain values."""
+        return {
+            "micro_batches": self.micro_batches,
+            "micro_batch": self.micro_batch,
+            "weight_decay": self.weight_decay,
+            "warm_up": self.warm_up,
+            **self.settings,
+        }

@@ -1,0 +1,71 @@
+"""A byte-level GPT on the source of Python's standard library, in less than one epoch.
+
+Files are dealt by a hash of their names: one in sixteen is held out for tuning, one for reporting,
+and the others are halved, so that what a rate was tuned on is not what it is reported on.
+"""
+
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.convergence.workloads.base import SPLITS, Batch, Data, Workload
+from noiseopt.demo.gpt import GPT, Shape
+from noiseopt.demo.text import NOT_THE_LIBRARY, fixed_excerpts, micro_batches
+
+HELD_OUT = 512  # excerpts
+PARTS = 16
+
+
+def part_of(name: str) -> tuple[str, bool]:
+    """The split of a file, and whether it is held out there."""
+    number = hashlib.sha256(name.encode()).digest()[0] % PARTS
+    return SPLITS[number % 2], number < len(SPLITS)
+
+
+@cache
+def texts() -> dict[tuple[str, bool], Tensor]:
+    """The bytes of each split, to train on and held out."""
+    root = Path(sysconfig.get_path("stdlib"))
+    parts = {(split, held_out): bytearray() for split in SPLITS for held_out in (False, True)}
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if not NOT_THE_LIBRARY & set(name.parts):
+            parts[part_of(name.as_posix())] += path.read_bytes()
+    return {part: torch.frombuffer(content, dtype=torch.uint8) for part, content in parts.items()}
+
+
+def load(split: str, steps: int, batch_size: int, context: int) -> Data:
+    """Random excerpts to train on, and evenly spaced ones of other files to validate on."""
+    train, held_out = texts()[split, False], texts()[split, True]
+
+    def batches(seed: int) -> Iterator[Batch]:
+        for tokens in micro_batches(train, steps, batch_size, context, seed):
+            yield (tokens,)
+
+    parts = fixed_excerpts(held_out, HELD_OUT, context).split(64)
+    return Data(batches, [(part,) for part in parts])
+
+
+def workload(name: str, shape: Shape, steps: int, batch_size: int, lr: float) -> Workload:
+    """A size of this workload."""
+    return Workload(
+        name=name,
+        build=partial(GPT, shape),
+        load=partial(load, steps=steps, batch_size=batch_size, context=shape.context),
+        micro_batches=steps,
+        micro_batch=batch_size,
+        lr=lr,
+        settings=asdict(shape) | {"held_out": HELD_OUT},
+    )
+
+
+# 0.44M parameters on 1.05M bytes
+SMALL = workload("gpt", Shape(layers=2, width=128, heads=4, context=64), 2048, 8, lr=2e-3)
+# 11M parameters on 25M bytes, four epochs of a split: minutes on an accelerator
+LARGE = workload("gpt-large", Shape(layers=6, width=384, heads=6, context=256), 6144, 16, lr=1e-3)
