@@ -28,7 +28,7 @@ CONSTRAINTS_newest := constraints.txt
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo demo-deepspeed test test-ends test-oldest test-newest lint format bench clean distclean
+.PHONY: help demo demo-deepspeed browser test test-ends test-oldest test-newest lint format bench clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,11 +43,22 @@ demo-deepspeed: $(VENV)/installed-demo-deepspeed ## train a small GPT with DeepS
 		--deepspeed_config examples/deepspeed/zero3.json \
 		--checkpoint "runs/deepspeed-$$(date +%Y%m%d-%H%M%S)" $(ARGS)
 
-test: $(VENV)/installed-dev ## run the tests
+test: $(VENV)/installed-dev browser ## run the tests
 	@$(call RUN_TESTS,$(VENV))
 
+# The report's page is tested in a real browser. Where it cannot be installed from here, those tests
+# fail, and say what they need.
+browser:
+	@if ! { command -v chromium && command -v chromedriver; } >/dev/null 2>&1 \
+		&& grep -qs '^ID=debian' /etc/os-release && [ "$$(id -u)" = 0 ]; then \
+		echo "Installing Debian's chromium and chromium-driver (once; a minute)"; \
+		export DEBIAN_FRONTEND=noninteractive; \
+		{ apt-get update -qq && apt-get install -y -qq chromium chromium-driver; } >/dev/null 2>&1 \
+			|| echo "apt-get could not install them: the tests of the page will fail" >&2; \
+	fi
+
 # Both interpreters are looked for before the first test runs.
-test-ends: .venv-oldest/created .venv-newest/created test-oldest test-newest ## run the tests with the oldest and the newest Python and torch
+test-ends: browser .venv-oldest/created .venv-newest/created test-oldest test-newest ## run the tests with the oldest and the newest Python and torch
 
 test-oldest test-newest: test-%: .venv-%/installed
 	@.venv-$*/bin/python -c 'import platform, torch; print("The $*: Python", platform.python_version(), "and torch", torch.__version__)'

@@ -1,4 +1,4 @@
-"""The command line: `noiseopt demo` and `noiseopt report`."""
+"""The command line: `noiseopt demo`, `report`, `replay` and `watch`."""
 
 import argparse
 import sys
@@ -8,7 +8,10 @@ from pathlib import Path
 import noiseopt
 from noiseopt.demo import prepare
 from noiseopt.demo.train import Settings
-from noiseopt.report import report
+from noiseopt.report import read_run, record_of, report, show
+from noiseopt.report.comparison import compare
+from noiseopt.report.replaying import COLUMNS, parse_changes, rows, words
+from noiseopt.watch import watch
 
 DEMO = """\
 Trains a small byte-level GPT on the source of Python's standard library twice, from the same
@@ -16,7 +19,17 @@ weights on the same micro-batches: with torch.optim.AdamW, and with NoiseAwareAd
 Needs no network and no accelerator. Ctrl-C leaves what was done readable."""
 REPORT = """\
 Prints what the record of a run says (updates, noise with its interval, every change and its
-reason, a verdict) and draws it into plot.png in the run's folder."""
+reason, a verdict) and writes a page with interactive curves, report.html, which opens from the disk
+and needs no network; beside it plot.png, the same as a picture, and decisions.csv, a row for each
+decision. Several runs are laid side by side on one page."""
+
+REPLAY = """\
+Decides a recorded run again from its measurements and learning rates, and shows that the same
+decisions come out; with --set, where other settings would have decided otherwise. Exits with 1 if
+the same does not come out by the run's own settings."""
+WATCH = """\
+Shows a run in the terminal while it is trained: its noise, window, learning rate, clipping and
+latest changes, from its record. Ctrl-C ends it; training is not touched."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_report(commands)
+    _add_replay(commands)
+    _add_watch(commands)
     return parser
 
 
@@ -73,8 +88,49 @@ def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser = commands.add_parser(
         "report", help="print and draw what the record of a run says", description=REPORT
     )
-    parser.add_argument("folder", type=Path, metavar="RUN", help="a run's folder: runs/NAME")
+    parser.add_argument(
+        "folders", type=Path, nargs="+", metavar="RUN", help="a run's folder: runs/NAME"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="PAGE",
+        help="where the page goes (report.html in the first run's folder)",
+    )
     parser.set_defaults(run=_report)
+
+
+def _add_replay(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "replay",
+        help="decide a recorded run again, by its own or other settings",
+        description=REPLAY,
+    )
+    parser.add_argument("folder", type=Path, metavar="RUN", help="a run's folder, or its record")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting of NoiseConfig to change, such as max_accumulation_steps=16; any number",
+    )
+    parser.set_defaults(run=_replay)
+
+
+def _add_watch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "watch", help="follow a live run in the terminal", description=WATCH
+    )
+    parser.add_argument("folder", type=Path, metavar="RUN", help="a run's folder, or its record")
+    parser.add_argument(
+        "--every",
+        type=_seconds,
+        default=1.0,
+        metavar="S",
+        help="seconds between looks (%(default)s)",
+    )
+    parser.add_argument("--once", action="store_true", help="show what is known by now, and end")
+    parser.set_defaults(run=_watch)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -94,10 +150,34 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     try:
-        picture = report(arguments.folder)
+        written = report(arguments.folders, arguments.out)
     except (OSError, ValueError, ModuleNotFoundError) as error:
         return _fail(str(error))
-    print(f"Drawn: {picture}")
+    print("Written:", *written, sep="\n  ")
+    return 0
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    try:
+        changes = parse_changes(arguments.set)
+        found = compare(read_run(arguments.folder), changes)
+    except (OSError, ValueError, TypeError) as error:
+        return _fail(str(error))
+    lines = rows(found) if changes else []
+    if lines:
+        show(f"With {', '.join(arguments.set)}", COLUMNS, lines)
+    for line in words(found, changes):
+        print(line)
+    return 0 if changes or not found.differ else 1
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    try:
+        watch(record_of(arguments.folder), arguments.every, arguments.once)
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        pass  # this is how it ends
     return 0
 
 
@@ -109,5 +189,12 @@ def _fail(message: str, code: int = 1) -> int:
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not number > 0:
         raise argparse.ArgumentTypeError(f"{number} is not positive")
     return number

@@ -19,7 +19,7 @@ LAYERS = (
     {"capture", "distributed"},
     {"adaptation", "agreement", "readings", "samples"},
     {"optim", "schedulers", "monitor"},
-    {"", "__main__", "cli", "demo", "integrations", "plan", "record", "report"},
+    {"", "__main__", "cli", "demo", "integrations", "plan", "record", "report", "watch"},
 )
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 PURE = LAYERS[0] | LAYERS[1]

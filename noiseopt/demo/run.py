@@ -119,7 +119,7 @@ class Demo:
         content = {"interrupted": interrupted, "arms": sums, "verdict": verdict}
         write_json(self.folder / SUMMARY, content | {"versions": versions})
         if sums:
-            report.draw(self.folder, record)
+            report.write({self.folder: record})
             _show_arms(f"Run {self.folder.name}, seed {self.settings.seed}", sums)
         else:
             print("Interrupted before the first losses were known.")

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -111,28 +111,75 @@ def _encode(value: Any) -> Any:
 
 def _decode(kind: Any, value: Any, name: str) -> Any:
     """Give a JSON value the type that its field is annotated with."""
+    try:
+        return _decoder(kind)(value)
+    except ValueError as error:
+        raise ValueError(f"{name}{error}") from error
+
+
+@functools.cache
+def _decoder(kind: Any) -> Callable[[Any], Any]:
+    """What makes a value of this type of a JSON value; its errors say the rest of the name."""
     kinds = get_args(kind)
     if type(None) in kinds:
-        return None if value is None else _decode(kinds[0], value, name)
-    if get_origin(kind) is tuple and isinstance(value, list):
-        return tuple(_decode(kinds[0], item, name) for item in value)
-    if kind in IN_ORDER and isinstance(value, list):
-        value = dict(zip(_hints(kind), value, strict=False))
-    if is_dataclass(kind) and isinstance(value, dict):
-        return _decode_fields(kind, value, name)
-    if kind is float and type(value) in (int, float, str):
+        known = _decoder(kinds[0])
+        return lambda value: None if value is None else known(value)
+    if get_origin(kind) is tuple:
+        return _tuple_decoder(kind, _decoder(kinds[0]))
+    if is_dataclass(kind):
+        return _fields_decoder(kind)
+    return _decode_float if kind is float else _plain_decoder(kind)
+
+
+def _tuple_decoder(kind: Any, item: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def decode(value: Any) -> Any:
+        if type(value) is not list:
+            raise _not(kind, value)
+        return tuple(map(item, value))
+
+    return decode
+
+
+def _fields_decoder(kind: Any) -> Callable[[Any], Any]:
+    decoders = {name: _decoder(hint) for name, hint in get_type_hints(kind).items()}
+    names = tuple(decoders)
+
+    def decode(value: Any) -> Any:
+        if kind in IN_ORDER and type(value) is list:
+            value = dict(zip(names, value, strict=False))
+        if type(value) is not dict:
+            raise _not(kind, value)
+        missing = decoders.keys() - value
+        if missing:
+            raise ValueError(f" lacks {', '.join(sorted(missing))}")
+        found, name = {}, ""
+        try:
+            for name, decoder in decoders.items():
+                found[name] = decoder(value[name])
+        except ValueError as error:
+            raise ValueError(f".{name}{error}") from None
+        return kind(**found)
+
+    return decode
+
+
+def _decode_float(value: Any) -> float:
+    if type(value) not in (float, int, str):
+        raise _not(float, value)
+    try:
         return float(value)
-    if get_origin(kind) is tuple or type(value) is not kind:
-        raise ValueError(f"{name} is {value!r}, not {kind}")
-    return value
+    except ValueError:
+        raise _not(float, value) from None
 
 
-def _decode_fields(kind: Any, values: dict[str, Any], name: str) -> Any:
-    hints = _hints(kind)
-    missing = hints.keys() - values
-    if missing:
-        raise ValueError(f"{name} lacks {', '.join(sorted(missing))}")
-    return kind(**{item: _decode(hints[item], values[item], f"{name}.{item}") for item in hints})
+def _plain_decoder(kind: Any) -> Callable[[Any], Any]:
+    def decode(value: Any) -> Any:
+        if type(value) is not kind:
+            raise _not(kind, value)
+        return value
+
+    return decode
 
 
-_hints = functools.cache(get_type_hints)
+def _not(kind: Any, value: Any) -> ValueError:
+    return ValueError(f" is {value!r}, not {kind}")

@@ -1,40 +1,32 @@
-"""A run as one picture: loss, noise, window, learning rate and clipping, all over the samples."""
+"""A run as one picture: the figures of the page for where a page cannot go, as PNG."""
 
-import csv
-import itertools
-import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
-from noiseopt.control import Decision
+import numpy as np
+
+from noiseopt.report.decimate import Floats, keep
+from noiseopt.report.figures import cost_of
+from noiseopt.report.fixed_batch import Cost
+from noiseopt.report.look import printable
+from noiseopt.report.losses import usual_range
+from noiseopt.report.panels import MAX_GROUPS, MAX_SPIKES, changes
+from noiseopt.report.run import ACTION, Rows, Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+MISSING = "matplotlib is missing: pip install 'noiseopt[demo]'"
 OURS, THEIRS, BOUND = "tab:blue", "tab:gray", "tab:red"
-NEEDS_EXTRA = "{} is missing: pip install 'noiseopt[demo]'"
+ARMS = (THEIRS, OURS, "tab:orange")
+MARKS = {"grow": ("^", "tab:green"), "shrink": ("v", "tab:purple"), "revert": ("X", BOUND)}
 
-Losses = dict[str, list[dict[str, float]]]
-
-
-def read_losses(path: Path) -> Losses:
-    """Read a loss table (columns arm, samples, train_loss, validation_loss) by arm; none is empty.
-
-    A row that was cut short is left out.
-    """
-    arms: Losses = defaultdict(list)
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                if None not in row.values():
-                    arm = row.pop("arm")
-                    arms[arm].append({name: float(value or "nan") for name, value in row.items()})
-    return dict(arms)
+Draw = Callable[["Axes", Run], None]
 
 
-def plot(path: Path, decisions: Sequence[Decision], losses: Losses, title: str) -> None:
+def plot(path: Path, run: Run) -> None:
     """Draw a run into a PNG file.
 
     Raises:
@@ -44,121 +36,151 @@ def plot(path: Path, decisions: Sequence[Decision], losses: Losses, title: str) 
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(NEEDS_EXTRA.format("matplotlib")) from error
-    figure = Figure(figsize=(8, 11), layout="constrained")
+        raise ModuleNotFoundError(MISSING) from error
+    over_samples: list[tuple[Draw, float]] = [
+        (_noise, 1.6),
+        (_loss, 1.4),
+        (_rate, 0.8),
+        (_norm, 1.3),
+    ]
+    if run.groups.names:
+        over_samples.append((_groups, 1.3))
+    fixed = cost_of(run)
+    ratios = [share for _, share in over_samples] + ([1.3] if fixed else [])
+    figure = Figure(figsize=(8, 2 + 1.7 * sum(ratios)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(5, 1, sharex=True, height_ratios=(1.6, 1.6, 1, 1, 1))
-    figure.suptitle(title)
-    _loss(axes[0], decisions, losses)
-    for axis, draw in zip(axes[1:], (_noise, _window, _rate, _norm), strict=True):
-        draw(axis, decisions)
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(loc="best", fontsize="small")
-    noise = next((decision.noise for decision in decisions if decision.noise), None)
-    axes[-1].set_xlabel(f"{noise.unit} seen" if noise else "samples seen")
+    figure.suptitle(_plain(f"Run {run.name}"))
+    grid = figure.add_gridspec(len(ratios), 2, height_ratios=ratios)
+    first: Axes | None = None
+    for row, (draw, _) in enumerate(over_samples):
+        axis = figure.add_subplot(grid[row, :], sharex=first)
+        first = first or axis
+        draw(axis, run)
+        _finish(axis, last=row == len(over_samples) - 1)
+    axis.set_xlabel(_plain(f"{run.unit} seen"))
+    if fixed:
+        _fixed(figure.add_subplot(grid[-1, 0]), fixed, fixed.updates, fixed.own_updates, "updates")
+        axis = figure.add_subplot(grid[-1, 1])
+        _fixed(axis, fixed, fixed.samples, fixed.own_samples, _plain(run.unit))
     figure.savefig(path, dpi=120)
 
 
-def _samples(decisions: Iterable[Decision]) -> list[float]:
-    return [decision.samples_seen for decision in decisions]
+def _finish(axis: "Axes", last: bool) -> None:
+    axis.grid(alpha=0.3)
+    axis.tick_params(labelbottom=last)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(loc="best", fontsize="small")
 
 
-def _values(
-    decisions: Iterable[Decision], value: Callable[[Decision], float | None]
-) -> list[float]:
-    """The finite values; nan, which is not drawn, for the others."""
-    found = (value(decision) for decision in decisions)
-    return [v if v is not None and math.isfinite(v) else math.nan for v in found]
+def _drawn(rows: Rows, name: str) -> tuple[Floats, Floats]:
+    """A decimated curve; what is not finite is a gap."""
+    rows = rows[keep(rows[name])]
+    return rows["samples"], np.where(np.isfinite(rows[name]), rows[name], np.nan)
 
 
-def _loss(axis: "Axes", decisions: Sequence[Decision], losses: Losses) -> None:
-    axis.set_ylabel("loss")
-    if not losses:
-        axis.plot(_samples(decisions), _values(decisions, lambda d: d.loss), color=OURS)
-        return
-    colors = itertools.chain((THEIRS, OURS), itertools.repeat("tab:orange"))
-    for (arm, rows), color in zip(losses.items(), colors, strict=False):
-        samples = [row["samples"] for row in rows]
-        axis.plot(samples, [row["train_loss"] for row in rows], color=color, alpha=0.35, lw=0.8)
-        held_out = [row for row in rows if math.isfinite(row["validation_loss"])]
-        x, y = [row["samples"] for row in held_out], [row["validation_loss"] for row in held_out]
-        axis.plot(x, y, "o-", color=color, ms=3, label=f"{arm}, held out")
-    ends = [row["train_loss"] for rows in losses.values() for row in rows[len(rows) // 20 :]]
-    if ends:
-        low, high = min(ends), max(ends)
-        axis.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
-
-
-def _noise(axis: "Axes", decisions: Sequence[Decision]) -> None:
-    """The scale and its interval; an infinite upper end reaches the top of the picture."""
-    axis.set_ylabel("noise scale")
-    known = [(d.samples_seen, d.noise, d.batch) for d in decisions if d.noise]
-    ends = [
-        end
-        for _, noise, batch in known
-        for end in (noise.scale, *noise.scale_interval, batch)
-        if 0 < end < math.inf
-    ]
-    if not ends:
+def _noise(axis: "Axes", run: Run) -> None:
+    """The scale, its interval and the batch; an infinite upper end reaches the top."""
+    rows = run.decisions
+    known = rows[~np.isnan(rows["scale_low"])]
+    named = np.concatenate(
+        [rows[name] for name in ("scale", "scale_low", "scale_high", "batch", "decided")]
+    )
+    ends = named[np.isfinite(named) & (named > 0)]
+    axis.set_ylabel(_plain(f"noise scale ({run.unit})"))
+    if not len(known):
         axis.text(0.5, 0.5, "unknown", transform=axis.transAxes, ha="center")
+    if not len(ends):
         return
-    bottom, top = min(ends) / 1.5, max(ends) * 1.5
-    samples = [s for s, _, _ in known]
-    low = [max(noise.scale_interval[0], bottom) for _, noise, _ in known]
-    high = [min(noise.scale_interval[1], top) for _, noise, _ in known]
-    scale = [noise.scale if 0 < noise.scale < math.inf else math.nan for _, noise, _ in known]
-    axis.fill_between(samples, low, high, color=OURS, alpha=0.2, lw=0, label="interval")
-    axis.plot(samples, scale, color=OURS, label="noise scale")
-    axis.plot(samples, [batch for _, _, batch in known], color="black", ls="--", label="batch")
-    axis.set_ylabel(f"noise scale ({known[0][1].unit})")
+    bottom, top = ends.min() / 1.5, ends.max() * 1.5
+    if len(known):
+        kept = np.union1d(keep(known["scale_low"]), keep(known["scale_high"]))
+        band = (np.clip(known[name][kept], bottom, top) for name in ("scale_low", "scale_high"))
+        axis.fill_between(
+            known["samples"][kept], *band, color=OURS, alpha=0.2, lw=0, label="interval"
+        )
+        axis.plot(*_positive(*_drawn(known, "scale")), color=OURS, label="noise scale")
+    batch = _drawn(rows, "batch")
+    axis.plot(*batch, color="black", ls="--", lw=1, drawstyle="steps-post", label="batch")
+    changed = rows[changes(run)]
+    for action, (marker, color) in MARKS.items():
+        made = changed[changed["action"] == ACTION[action]]
+        if len(made):
+            axis.plot(made["samples"], made["decided"], marker, color=color, label=action)
     _log(axis)
     axis.set_ylim(bottom, top)
 
 
-def _window(axis: "Axes", decisions: Sequence[Decision]) -> None:
-    from matplotlib.ticker import MaxNLocator
+def _loss(axis: "Axes", run: Run) -> None:
+    axis.set_ylabel("loss")
+    if not run.losses:
+        known = run.decisions[np.isfinite(run.decisions["loss"])]
+        axis.plot(*_drawn(known, "loss"), color=OURS)
+        return
+    for number, (arm, table) in enumerate(run.losses.items()):
+        color = ARMS[min(number, len(ARMS) - 1)]
+        kept = keep(table.training)
+        axis.plot(table.samples[kept], table.training[kept], color=color, alpha=0.35, lw=0.8)
+        known = np.isfinite(table.held_out)
+        label = _plain(f"{arm}, held out")
+        line = table.samples[known], table.held_out[known]
+        axis.plot(*line, "o-", color=color, ms=3, label=label)
+    usual = usual_range([table.training for table in run.losses.values()])
+    if usual:
+        axis.set_ylim(*usual)
 
-    axis.set_ylabel("window")
-    steps = [decision.accumulation_steps for decision in decisions]
-    axis.step(_samples(decisions), steps, where="post", color=OURS, label="micro-batches")
-    reverted = [decision for decision in decisions if decision.action == "revert"]
-    if reverted:
-        steps = [decision.accumulation_steps for decision in reverted]
-        axis.plot(_samples(reverted), steps, "v", color=BOUND, label="reverted")
+
+def _rate(axis: "Axes", run: Run) -> None:
+    axis.set_ylabel("rate times")
+    axis.plot(*_drawn(run.decisions, "factor"), color=OURS, drawstyle="steps-post")
     axis.set_ylim(bottom=0)
-    axis.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
 
 
-def _rate(axis: "Axes", decisions: Sequence[Decision]) -> None:
-    axis.set_ylabel("learning-rate factor")
-    factors = [decision.rates.lr for decision in decisions]
-    axis.step(_samples(decisions), factors, where="post", color=OURS)
-    axis.set_ylim(bottom=0)
-
-
-def _norm(axis: "Axes", decisions: Sequence[Decision]) -> None:
+def _norm(axis: "Axes", run: Run) -> None:
     axis.set_ylabel("gradient norm")
-    samples, norms = _norms(decisions)
-    axis.plot(samples, norms, color=OURS, lw=0.6, label="before clipping")
-    limits = _values(decisions, lambda d: d.max_norm)
-    axis.step(_samples(decisions), limits, where="post", color=BOUND, label="clipped at")
-    if any(norm > 0 for norm in norms):
+    windows = run.windows
+    axis.plot(*_drawn(windows, "norm"), color=OURS, lw=0.6, label="before clipping")
+    label = "clipped at, advised" if run.advised else "clipped at"
+    limits = _drawn(windows, "max_norm")
+    axis.plot(*limits, color=BOUND, ls="--", lw=1, drawstyle="steps-pre", label=label)
+    spikes = windows[windows["clipped"]]
+    spikes = spikes[keep(spikes["norm"], MAX_SPIKES)]
+    if len(spikes):
+        line = spikes["samples"], spikes["norm"]
+        axis.plot(*line, "o", color=BOUND, ms=3, mfc="none", mew=0.6, label="clipped")
+    skipped = windows["samples"][windows["skipped"]]
+    for number, seen in enumerate(skipped[keep(skipped, MAX_SPIKES)]):
+        axis.axvline(seen, color="tab:orange", lw=0.6, label=None if number else "not finite")
+    if (windows["norm"] > 0).any():
         _log(axis)
 
 
-def _norms(decisions: Sequence[Decision]) -> tuple[list[float], list[float]]:
-    """The norm of every window's gradient, and the samples seen by then."""
-    samples, norms = [], []
-    for decision in decisions:
-        measured = [window.norms for window in decision.windows if window.norms]
-        seen = decision.samples_seen - math.fsum(norm.samples for norm in measured)
-        for window in measured:
-            seen += window.samples
-            samples.append(seen)
-            norms.append(math.sqrt(math.fsum(window.big_sq)) if window.finite else math.nan)
-    return samples, norms
+def _groups(axis: "Axes", run: Run) -> None:
+    axis.set_ylabel(_plain(f"noise scale ({run.unit})"))
+    scales = run.groups.scale
+    for number, name in list(enumerate(run.groups.names))[:MAX_GROUPS]:
+        kept = keep(scales[:, number])
+        line = _positive(run.decisions["samples"][kept], scales[kept, number])
+        axis.plot(*line, label=_plain(f"group {name}"))
+    if (scales > 0).any():
+        _log(axis)
+
+
+def _fixed(axis: "Axes", one: Cost, needed: Floats, own: float, counted: str) -> None:
+    axis.loglog(one.batches, needed, color=OURS)
+    axis.plot([one.own_batch], [own], "D", color=OURS, ms=5, label="this run")
+    axis.set_xlabel("fixed batch")
+    axis.set_title(f"{counted} needed", fontsize="medium")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+
+
+def _positive(x: Floats, y: Floats) -> tuple[Floats, Floats]:
+    return x, np.where(y > 0, y, np.nan)
+
+
+def _plain(text: str) -> str:
+    """A text that is not too long, and in which matplotlib sees no formula."""
+    return shorten(printable(text), 60, placeholder=" ...").replace("$", r"\$")
 
 
 def _log(axis: "Axes") -> None:

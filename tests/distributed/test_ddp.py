@@ -335,22 +335,41 @@ def starts_that_differ(rank):
     net = build()
     config = measured(1 + rank)
     optimizer = NoiseAwareAdamW(net.parameters(), noise=config)
+    observer = ErrorsSeen()
+    optimizer.add_observer(observer)
     loss_of(DistributedDataParallel(net), draw(2)[rank]).backward()
     with pytest.raises(RuntimeError, match="ranks disagree on what they start from") as caught:
         optimizer.step()
+    assert observer.errors == [caught.value]
     return str(caught.value)
+
+
+class ErrorsSeen:
+    """An observer that keeps why training stopped."""
+
+    def __init__(self):
+        self.errors = []
+
+    def __call__(self, decision):
+        pass
+
+    def on_error(self, error):
+        self.errors.append(error)
 
 
 def rates_that_differ(rank):
     """A schedule that runs on one rank only: decisions would part."""
     net = build()
     optimizer = NoiseAwareAdamW(net.parameters(), lr=LR * (1 + rank), noise=measured(1))
+    observer = ErrorsSeen()
+    optimizer.add_observer(observer)
     wrapped = DistributedDataParallel(net)
     before = weights_of(net)
     loss_of(wrapped, draw(RANKS)[rank]).backward()
     with pytest.raises(RuntimeError, match="ranks disagree on") as caught:
         optimizer.step()
     assert torch.equal(before, weights_of(net))
+    assert caught.value in observer.errors
     return str(caught.value)
 
 

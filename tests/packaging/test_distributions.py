@@ -182,12 +182,12 @@ def test_editable_install_imports_and_sees_new_files(checkout, tmp_path):
 
 def test_metadata(metadata):
     assert metadata["Name"] == "noiseopt"
-    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["License-Expression"] == "Apache-2.0 AND MIT"
     assert metadata["Requires-Python"] == ">=3.10"
     requirements = metadata.get_all("Requires-Dist")
     core = {requirement for requirement in requirements if "extra ==" not in requirement}
     assert core == {"torch>=2.6", "numpy>=1.26"}
-    extras = {"all", "bench", "deepspeed", "demo", "dev", "wandb"}
+    extras = {"all", "bench", "deepspeed", "demo", "dev", "tensorboard", "wandb"}
     assert set(metadata.get_all("Provides-Extra")) == extras
 
 

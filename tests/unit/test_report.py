@@ -13,8 +13,10 @@ import pytest
 from noiseopt import cli, report
 from noiseopt.control import Controller, NoiseConfig, Start, Window, sqrt_gain
 from noiseopt.estimate import WindowNorms, noise_fraction
-from noiseopt.record import DecisionLog, Record, read
+from noiseopt.record import DecisionLog, read, replay, to_line
 from noiseopt.report.table import plain
+from tests.record.simulated import CONFIG as SIMULATED
+from tests.record.simulated import Simulated
 
 CONFIG = NoiseConfig(accumulation_steps=2, samples_per_micro_batch=4)
 
@@ -46,29 +48,48 @@ def with_interval(low, high, count=100.0, batch=8.0):
 
 
 def write(folder, decisions):
-    log = DecisionLog(folder / report.RECORD)
-    log.on_start(lambda: Start.of_run(CONFIG, "adam"))
-    for decision in decisions:
-        log(decision)
+    folder.mkdir(exist_ok=True)
+    lines = map(to_line, [Start.of_run(CONFIG, "adam"), *decisions])
+    (folder / report.RECORD).write_text("".join(line + "\n" for line in lines))
     return read(folder / report.RECORD)
 
 
 @pytest.mark.parametrize(
     ("low", "high", "begins", "contains"),
     [
-        (9.0, 30.0, "noise dominates", "at least 52.9%"),
-        (7.9, 900.0, "undecided", "between 49.7% and 99.1%"),
-        (0.5, 7.9, "signal dominates", "at most 49.7%"),
-        (0.5, 8.1, "undecided", "between 5.9% and 50.3%"),
-        (0.0, math.inf, "undecided", "between 0% and 100%"),
-        (90.0, math.inf, "noise dominates", "no upper bound"),
-        (1e9, 2e9, "noise dominates", "at least 99.9%"),
+        (9.0, 30.0, "balanced at", "between 52.9% and 78.9%"),
+        (7.9, 900.0, "balanced or too noisy at", "between 49.7% and 99.1%"),
+        (31.0, 40.0, "balanced or too noisy at", "between 79.5% and 83.3%"),
+        (33.0, 40.0, "too noisy at", "at most 19.5% of the progress"),
+        (0.5, 7.9, "balanced or wasteful at", "between 5.9% and 49.7%"),
+        (0.5, 2.1, "balanced or wasteful at", "between 5.9% and 20.8%"),
+        (0.5, 1.9, "wasteful at", "at most 19.2% of the squared gradient"),
+        (0.0, math.inf, "undecided at", "between 0% and 100%"),
+        (90.0, math.inf, "too noisy at", "no upper bound"),
+        (1e9, 2e9, "too noisy at", "at most 0.1% of the progress"),
     ],
 )
 def test_the_verdict_is_no_stronger_than_the_interval(low, high, begins, contains):
     text = report.verdict(with_interval(low, high), CONFIG)
     assert text.startswith(begins)
     assert contains in text
+
+
+def test_a_run_that_is_too_noisy_is_told_which_windows_would_gain_how_much():
+    """Half of a noise scale of 90 is 11 micro-batches of 4: (1 + 90/8) / (1 + 90/44) = 4.02."""
+    text = report.verdict(with_interval(90.0, 100.0), CONFIG)
+    assert "windows of up to 11 micro-batches (44 samples)" in text
+    assert "would make 4.02 times as much or more" in text
+
+
+def test_a_run_that_is_wasteful_is_told_what_half_the_batch_would_keep():
+    """(1 + 1.9/8) / (1 + 1.9/4) = 83.9 %."""
+    decision = with_interval(0.5, 1.9)
+    text = report.verdict(decision, CONFIG)
+    assert "half the batch would make 83.9% of the progress or more" in text
+    assert "shorter windows would save samples" in text
+    least = replace(CONFIG, min_accumulation_steps=2)
+    assert "smaller micro-batches would save samples" in report.verdict(decision, least)
 
 
 def test_few_windows_decide_nothing():
@@ -109,8 +130,20 @@ def test_a_record_without_decisions_and_one_that_was_cut(tmp_path):
     assert report.facts(empty) == [
         ("verdict", "undecided: the run ended before its first decision")
     ]
-    cut = Record(empty.header, (decide(40),), cut=True)
+    cut = replace(write(tmp_path / "cut", [decide(40)]), cut=True)
     assert "cut short" in dict(report.facts(cut))["record"]
+
+
+def test_an_advised_run_is_told_what_auto_would_have_done(tmp_path):
+    simulated = Simulated(replace(SIMULATED, mode="advise", accumulation_steps=4))
+    simulated.add_observer(DecisionLog(tmp_path / report.RECORD))
+    simulated.run()
+    advised = dict(report.facts(read(tmp_path / report.RECORD)))["auto"]
+    auto = list(replay(read(tmp_path / report.RECORD), {"mode": "auto"}))[-1].again
+    assert auto.accumulation_steps > 4
+    assert f"a window of {auto.accumulation_steps} micro-batches" in advised
+    assert "instead of 599" in advised
+    assert "auto" not in dict(report.facts(write(tmp_path / "auto", [decide(40)])))
 
 
 def test_advice_is_not_told_as_a_deed():
@@ -148,7 +181,7 @@ def test_a_picture_is_drawn(tmp_path, decisions, losses):
     if losses:
         rows = [["AdamW", 8 * n, n, 1e-3, 5 - n / 9, "nan" if n % 3 else 5.0] for n in range(9)]
         write_losses(tmp_path, [*rows, *(["ours", *row[1:]] for row in rows), ["ours", 3]])
-    width, height = picture_size(report.report(tmp_path))
+    width, height = picture_size(report.report([tmp_path])[-1])
     assert width > 600
     assert height > 900
 
@@ -156,9 +189,9 @@ def test_a_picture_is_drawn(tmp_path, decisions, losses):
 def test_every_loss_of_the_table_is_read_and_a_cut_row_left_out(tmp_path):
     write_losses(tmp_path, [["a", 8, 1, 1e-3, 2.5, "nan"], ["b", 8, 1, 1e-3, 2.0, 2.25], ["b", 16]])
     losses = report.read_losses(tmp_path / report.LOSSES)
-    assert [row["train_loss"] for row in losses["a"]] == [2.5]
-    assert math.isnan(losses["a"][0]["validation_loss"])
-    assert [row["validation_loss"] for row in losses["b"]] == [2.25]
+    assert losses["a"].training.tolist() == [2.5]
+    assert math.isnan(losses["a"].held_out[0])
+    assert losses["b"].held_out.tolist() == [2.25]
     assert report.read_losses(tmp_path / "absent.csv") == {}
 
 
@@ -166,14 +199,14 @@ def test_the_command_prints_and_draws(tmp_path, capsys):
     write(tmp_path, [decide(1), with_interval(9.0, 30.0)])
     assert cli.main(["report", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "noise dominates at a batch of 8 samples" in " ".join(printed.split())
+    assert "balanced at a batch of 8 samples" in " ".join(printed.split())
     assert str(tmp_path / report.PICTURE) in printed.replace("\n", "")
 
 
 def test_a_folder_without_a_record_is_named(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path)]) == 1
     captured = capsys.readouterr()
-    assert f"{tmp_path} has no decisions.jsonl" in captured.err
+    assert f"there is no record {tmp_path}/decisions.jsonl" in captured.err
     assert captured.out == ""
     (tmp_path / report.RECORD).write_text("something else\n")
     assert cli.main(["report", str(tmp_path)]) == 1
@@ -204,11 +237,11 @@ def test_without_rich_the_table_is_plain_and_without_matplotlib_help_is_given(tm
     call = f"sys.exit(cli.main(['report', {str(tmp_path)!r}]))"
     done = run(without("rich") + call)
     assert done.returncode == 0
-    assert "\nverdict         noise dominates at a batch of 8 samples" in done.stdout
+    assert "\nverdict         balanced at a batch of 8 samples" in done.stdout
     done = run(without("matplotlib") + call)
     assert done.returncode == 1
     assert "matplotlib is missing: pip install 'noiseopt[demo]'" in done.stderr
-    assert "noise dominates" in done.stdout  # what can be said without a picture is said
+    assert "balanced at a batch" in done.stdout  # what can be said without a picture is said
 
 
 def test_a_plain_table_is_aligned(capsys):
