@@ -18,9 +18,9 @@ from noiseopt import NoiseConfig
 WINDOWS = (1, 2, 4, 8, 16)
 CONSTANTS = tuple(f"constant-{window}" for window in WINDOWS)
 RIVALS = tuple(name for name in RULES if name != "constant")
-MAX_NORM = 1.0
+MAX_NORM = 1.0  # where all arms clip; ours may do so at a lower norm
 
-# What is left when a part is removed. Without our clipping there is the customary one.
+# What is left when a part is removed.
 PARTS: dict[str, dict[str, Any]] = {
     "lr": {"adapt_lr": False},
     "beta2": {"adapt_beta2": False},
@@ -29,7 +29,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "growth-in-decay": {"grow_in_decay": False},
     "verify": {"verify": False},
     "shrink": {"shrink": False},
-    "clip": {"adapt_clip": False, "max_norm": MAX_NORM},
+    "clip": {"adapt_clip": False},
     "probes": {"probe_interval": 0},
 }
 ABLATIONS = tuple(f"auto-without-{part}" for part in PARTS)
@@ -65,7 +65,7 @@ def settings(arm: str) -> dict[str, Any]:
         found = {"steps": window, "keep_half_life": True}
         known = {field.name for field in fields(Rule)}
     elif is_ours(arm):
-        found = dict(PARTS.get(name.removeprefix("auto-without-"), {}))
+        found = {"max_norm": MAX_NORM, **PARTS.get(name.removeprefix("auto-without-"), {})}
         known = {field.name for field in fields(NoiseConfig)}
     elif name in RIVALS:
         known = {field.name for field in fields(RULES[name])}

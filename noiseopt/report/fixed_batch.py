@@ -1,19 +1,16 @@
 """What a fixed batch would have cost for the same progress, by the noise that was measured.
 
-At the best learning rate an update with a batch of B makes 1 / (1 + N/B) of the progress that the
-exact gradient would, with N the noise scale (McCandlish et al. 2018, arXiv 1812.06162, section 2;
-their eq. 2.11 follows from it). So u_t updates with batches of B_t, made while the noise scale was
-N_t, do the work of u_t (1 + N_t/B) / (1 + N_t/B_t) updates with a batch of B.
-
-It assumes what that model does: the learning rate goes with the batch as the model wants, the noise
-scale is a property of the weights whatever batch led to them, and the Hessian is no more curved in
-noisy directions than in others.
+By the model of `noiseopt.control.progress`. It assumes what that model does: the learning rate goes
+with the batch as the model wants, the noise scale is a property of the weights whatever batch led
+to them, and the Hessian is no more curved in noisy directions than in others.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from noiseopt.control import Progress
 
 REACH = 8.0  # how far beyond the run's own batches and noise scales is looked
 
@@ -49,25 +46,6 @@ class Cost:
         return self.own_samples / self.own_updates
 
 
-def updates_needed(fixed: Floats, num_updates: Floats, batches: Floats, scales: Floats) -> Floats:
-    """Sum u_t (1 + N_t/B) / (1 + N_t/B_t): the updates that fixed batches need.
-
-    Args:
-        fixed: B, each in samples.
-        num_updates: u_t.
-        batches: B_t, in samples.
-        scales: N_t, in samples; infinite where there is no signal: there only samples count.
-
-    Example:
-        >>> u, b, n = np.array([10.0, 10.0]), np.array([8.0, 8.0]), np.array([8.0, np.inf])
-        >>> updates_needed(np.array([4.0, 8.0, 80.0]), u, b, n).tolist()
-        [35.0, 20.0, 6.5]
-    """
-    # with x = 1 / (1 + N_t/B_t) the summand is u_t x + u_t (1 - x) B_t / B, also where N_t = inf
-    x = 1 / (1 + scales / batches)
-    return np.asarray((num_updates * x).sum() + (num_updates * (1 - x) * batches).sum() / fixed)
-
-
 def cost(
     num_updates: Floats, num_samples: Floats, scales: Floats, points: int = 121
 ) -> Cost | None:
@@ -90,9 +68,11 @@ def cost(
     b = samples / u
     ends = np.concatenate([b, n[np.isfinite(n) & (n > b.min() / REACH) & (n < b.max() * REACH)]])
     fixed = np.geomspace(ends.min() / REACH, ends.max() * REACH, points)
+    x = 1 / (1 + n / b)
+    progress = Progress(float((u * x).sum()), float((samples * (1 - x)).sum()))
     return Cost(
         batches=fixed,
-        updates=updates_needed(fixed, u, b, n),
+        updates=np.array([progress.updates_at(batch) for batch in fixed.tolist()]),
         own_updates=float(u.sum()),
         own_samples=float(samples.sum()),
         unknown_updates=float(num_updates[made & ~known].sum()),

@@ -200,11 +200,11 @@ def test_a_window_that_does_not_fit_is_the_mean_of_what_is_left(line):
     assert trainer._gradient is None
 
 
-def test_ours_is_the_optimizer_with_default_settings(line):
+def test_ours_is_the_optimizer_with_default_settings_and_the_ceiling_of_all_arms(line):
     run = run_of("auto")
     torch.manual_seed(1)
     config = training.trainer_of(run, Line(), line).optimizer.config
-    assert config == replace(type(config)(), samples_per_micro_batch=8)
+    assert config == replace(type(config)(), samples_per_micro_batch=8, max_norm=arms.MAX_NORM)
 
 
 @pytest.mark.parametrize("parts", [4, 8])
@@ -324,8 +324,9 @@ def test_beta2_is_kept_in_updates_or_in_samples():
 
 
 def test_an_arms_settings_are_in_its_name():
-    assert arms.settings("auto") == {}
+    assert arms.settings("auto") == {"max_norm": 1.0}
     assert arms.settings("auto@verify=False,decay_noise_fraction=0.5") == {
+        "max_norm": 1.0,
         "verify": False,
         "decay_noise_fraction": 0.5,
     }

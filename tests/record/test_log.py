@@ -62,7 +62,8 @@ def test_of_two_that_begin_at_once_one_writes_and_the_other_says_so(path):
     first.run(20)
     with pytest.warns(RuntimeWarning, match="not recorded"):
         second.run(20)
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         second.run(20)
         first.run(20)
     assert numbers(read(path)) == [10, 20, 30, 40]

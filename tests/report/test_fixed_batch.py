@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from noiseopt.report.fixed_batch import cost, updates_needed
+from noiseopt.control import Progress
+from noiseopt.report.fixed_batch import cost
 
 positive = st.floats(1e-2, 1e6)
 stretches = st.lists(
@@ -13,6 +14,18 @@ stretches = st.lists(
     min_size=1,
     max_size=20,
 ).map(lambda rows: tuple(np.array(column, float) for column in zip(*rows, strict=True)))
+
+
+def after(num_updates, batches, scales):
+    made = Progress()
+    for u, b, n in zip(num_updates.tolist(), batches.tolist(), scales.tolist(), strict=True):
+        made = made.after(u, u * b, n)
+    return made
+
+
+def updates_needed(fixed, num_updates, batches, scales):
+    made = after(num_updates, batches, scales)
+    return np.array([made.updates_at(batch) for batch in fixed.tolist()])
 
 
 def progress(num_updates, batch, scale):
@@ -35,6 +48,18 @@ def test_stretches_add_up(run, batch):
     fixed = np.array([batch])
     parts = [updates_needed(fixed, *(np.array([x]) for x in row)) for row in zip(*run, strict=True)]
     assert updates_needed(fixed, *run) == pytest.approx(np.sum(parts, axis=0))
+
+
+@given(stretches)
+def test_curves_are_those_of_the_model(run):
+    """As they are summed at once, and stretch by stretch."""
+    u, b, n = run
+    found = cost(u, u * b, n)
+    assert found.updates == pytest.approx(updates_needed(found.batches, u, b, n), rel=1e-6)
+    made = after(u, b, n)
+    assert (made.updates, made.samples) == pytest.approx((u.sum(), (u * b).sum()))
+    for batch, updates in zip(found.batches.tolist(), found.updates.tolist(), strict=True):
+        assert made.samples_at(batch) == pytest.approx(updates * batch, rel=1e-6)
 
 
 @given(stretches)
