@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from noiseopt.control import Decision, NoiseConfig, Progress, Start, metrics
 from noiseopt.integrations.sink import Sink
@@ -51,6 +51,30 @@ class Run(Protocol):
         """Send a message to the run's owner."""
 
 
+class _Counts(NamedTuple):
+    """What a run has counted."""
+
+    updates: int = 0
+    samples: float = 0.0
+    skipped: int = 0
+
+    @classmethod
+    def of(cls, decision: Decision) -> "_Counts":
+        return cls(decision.num_updates, decision.samples_seen, decision.total_skipped)
+
+    @classmethod
+    def of_start(cls, start: Start) -> "_Counts":
+        state = start.state
+        return cls(state.num_updates, state.estimator.samples_seen, state.total_skipped)
+
+    def since(self, before: "_Counts") -> "_Counts":
+        return _Counts(
+            self.updates - before.updates,
+            self.samples - before.samples,
+            self.skipped - before.skipped,
+        )
+
+
 class WandbObserver:
     """Log each decision to a run. Trouble with wandb is warned of once and never stops training.
 
@@ -86,6 +110,7 @@ class WandbObserver:
         self._groups: tuple[str, ...] = ()
         self._names: set[str] = set()
         self._last: Decision | None = None
+        self._counts = _Counts()
         self._progress = Progress()
         self._changes: list[Decision] = []
         self._has_new_changes = False
@@ -94,7 +119,7 @@ class WandbObserver:
     def on_start(self, now: Callable[[], Start]) -> None:
         """Decisions begin, or begin anew after a load: keep the settings in the run's own."""
         start = now()
-        self._groups, self._last = start.groups, None
+        self._groups, self._counts = start.groups, _Counts.of_start(start)
         config = {f"{self._prefix}noiseopt": _plain(start.config)}
         self._sink.write(lambda run: run.config.update(config, allow_val_change=True))
 
@@ -129,14 +154,17 @@ class WandbObserver:
                 self._sink.write(self._write_table)
 
     def _take(self, decision: Decision) -> None:
-        before, self._last = self._last, decision
-        if before is not None:
-            self._progress = self._progress.after(*_step(before, decision))
+        before, self._counts = self._counts, _Counts.of(decision)
+        self._last = decision
+        if decision.noise is not None:
+            step = self._counts.since(before)
+            scale = decision.noise.scale
+            self._progress = self._progress.after(step.updates, step.samples, scale)
         if decision.action != "hold":
             self._changes.append(decision)
             del self._changes[:-MAX_ROWS]
             self._has_new_changes = True
-        for title, text in _troubles(before, decision):
+        for title, text in _troubles(decision, self._counts.since(before).skipped):
             self._alert(f"noiseopt: {title}", text, "WARN")
 
     def _alert(self, title: str, text: str, level: str) -> None:
@@ -186,21 +214,12 @@ def _plain(config: NoiseConfig) -> dict[str, Any]:
     }
 
 
-def _step(before: Decision, decision: Decision) -> tuple[float, float, float]:
-    """Updates and samples since the decision before, and the noise scale; none if unknown."""
-    if decision.noise is None:
-        return 0.0, 0.0, 0.0
-    updates = decision.num_updates - before.num_updates
-    return updates, decision.samples_seen - before.samples_seen, decision.noise.scale
-
-
-def _troubles(before: Decision | None, decision: Decision) -> list[tuple[str, str]]:
+def _troubles(decision: Decision, skipped: int) -> list[tuple[str, str]]:
     """What the run's owner should hear of, as titles and texts."""
     at = f"at update {decision.num_updates}"
     found = []
     if decision.action == "revert":
         found.append(("a change was reverted", f"{at}: {decision.reason}"))
-    skipped = decision.total_skipped - (before.total_skipped if before else 0)
     if skipped > 0:
         text = f"{at}: {skipped} micro-batches were left out, {decision.total_skipped} so far"
         found.append(("gradients are not finite", text))

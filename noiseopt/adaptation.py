@@ -7,10 +7,10 @@ plain numbers. Optimizer and monitor share it.
 import logging
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from noiseopt.control import (
     unknown,
 )
 from noiseopt.distributed import Ranks, ddp_around, digest, refuse_join
+from noiseopt.observers import Observer, tell
 from noiseopt.samples import SampleCounts
 
 STATE_VERSION = 2
@@ -38,19 +39,6 @@ KEPT_DECISIONS = 256
 
 Number = int | float
 logger = logging.getLogger("noiseopt")
-
-
-class Observer(Protocol):
-    """What is called with every decision.
-
-    Two more methods are called where an observer has them: `on_start(now)`, when it is added and
-    whenever the decisions to come begin anew (a state was loaded, the settings or the parameter
-    groups changed), with a function that gives the `Start` after the latest decision; and
-    `on_error(error)` before training stops because ranks disagree.
-    """
-
-    def __call__(self, decision: Decision, /) -> object:
-        """Take a decision."""
 
 
 class Adaptation:
@@ -107,13 +95,13 @@ class Adaptation:
     def observe(self, observer: Observer) -> None:
         """Have an observer called with each decision."""
         self.observers.append(observer)
-        _tell([observer], "on_start", self._now)
+        tell([observer], "on_start", self._now)
 
     def _begin(self) -> None:
         """Let the decisions to come begin from the present state."""
         self._decided_state = self._controller.state
         self._windows: list[Window] = []
-        _tell(self.observers, "on_start", self._now)
+        tell(self.observers, "on_start", self._now)
 
     def _now(self) -> Start:
         return Start(self.config, self.rule, self.groups, self._decided_state)
@@ -194,7 +182,7 @@ class Adaptation:
         try:
             yield
         except RuntimeError as error:
-            _tell(self.observers, "on_error", error)
+            tell(self.observers, "on_error", error)
             raise
 
     def ddp_around(self, groups: Sequence[Sequence[Tensor]]) -> Collection[nn.Module]:
@@ -419,10 +407,3 @@ def group_names(param_groups: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     return tuple(
         name if times[name] == 1 else f"{name}-{index}" for index, name in enumerate(names)
     )
-
-
-def _tell(observers: Iterable[Observer], event: str, fact: object) -> None:
-    for observer in observers:
-        method = getattr(observer, event, None)
-        if method is not None:
-            method(fact)

@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
-from noiseopt.adaptation import Adaptation, Observer
+from noiseopt.adaptation import Adaptation
 from noiseopt.control import Decision, metrics
 from noiseopt.estimate import NoiseEstimate
+from noiseopt.observers import Observer
 
 
 class NoiseReadings:
@@ -41,7 +42,7 @@ class NoiseReadings:
     def add_observer(self, observer: Observer) -> None:
         """Have a callable called with each `Decision`, on every rank. Copies do not inherit it.
 
-        See `noiseopt.adaptation.Observer` for what else an observer may be told.
+        See `noiseopt.observers.Observer` for what else an observer may be told.
         """
         if self._adaptation:
             self._adaptation.observe(observer)

@@ -270,18 +270,22 @@ def test_settings_that_a_resumed_run_or_a_sweep_holds_are_replaced(tmp_path, off
     assert config["mine"] == 1
 
 
-def test_a_load_begins_the_account_anew(tmp_path, offline):
-    """Fewer updates than before are no negative progress."""
+def test_a_run_that_was_resumed_is_counted_from_its_checkpoint(tmp_path, offline):
+    """What was skipped before is no new trouble, and fewer updates are no negative progress."""
     run = offline("run")
-    observer = observing(run)
-    made = list(decisions(30))
-    for decision in (*made, *made[20:]):
-        if decision is made[20] and observer._progress.samples:
-            observer.on_start(lambda: START)
-        observer(decision)
+    made = [replace(decision, total_skipped=3) for decision in decisions(30)]
+    state = replace(START.state, num_updates=20, total_skipped=3)
+    estimator = replace(state.estimator, samples_seen=made[19].samples_seen)
+    start = replace(START, state=replace(state, estimator=estimator))
+    observer = WandbObserver(run, seconds=0)
+    for _ in range(2):
+        observer.on_start(lambda: start)
+        for decision in made[20:]:
+            observer(decision)
     observer.close()
     run.finish()
-    assert observer._progress.samples > 0
+    assert not Written(tmp_path / "run").alerts
+    assert observer._progress.updates == 2 * 10
 
 
 def test_a_run_that_is_switched_off_disturbs_nothing(tmp_path, monkeypatch):
