@@ -78,10 +78,11 @@ class _Counts(NamedTuple):
 class WandbObserver:
     """Log each decision to a run. Trouble with wandb is warned of once and never stops training.
 
-    The settings go into the run's config. The summary holds the last values, the samples that the
-    batches have saved against the first one (negative where they cost some; by the measured noise,
-    see `noiseopt.control.Progress`), and a table of the changes. Alerts are sent when a change is
-    reverted, when gradients are not finite or spike, and when ranks disagree.
+    The settings go into the run's config. The summary holds the last values and, of what this
+    process has seen, the samples that the batches have saved against the first one (negative where
+    they cost some; by the measured noise, see `noiseopt.control.Progress`) and a table of changes.
+    Alerts are sent when a change is reverted, when gradients are not finite or spike, and when
+    ranks disagree.
 
     Args:
         run: the run; the active one if not given. In a distributed run only rank 0 has one.
@@ -104,7 +105,8 @@ class WandbObserver:
     ) -> None:
         if not seconds >= 0:
             raise ValueError(f"seconds is {seconds}: it must be at least 0")
-        self._sink = Sink[Run](_active_run() if run is None else run, "wandb")
+        run = _active_run() if run is None else run
+        self._sink, self._alerts = Sink[Run](run, "wandb"), Sink[Run](run, "wandb's alerts")
         self._prefix, self._seconds, self._commit = prefix, seconds, commit
         self._logged_at = self._tabled_at = -math.inf
         self._groups: tuple[str, ...] = ()
@@ -125,9 +127,7 @@ class WandbObserver:
 
     def on_error(self, error: Exception) -> None:
         """Training stops because ranks disagree: tell the run's owner."""
-        self._sink.write(
-            lambda run: run.alert(f"{self._prefix}noiseopt stopped", str(error), "ERROR")
-        )
+        self._alert("noiseopt stopped", str(error), "ERROR")
 
     def __call__(self, decision: Decision) -> None:
         """Log a decision; values that are not finite are left out."""
@@ -168,7 +168,7 @@ class WandbObserver:
             self._alert(f"noiseopt: {title}", text, "WARN")
 
     def _alert(self, title: str, text: str, level: str) -> None:
-        self._sink.write(lambda run: run.alert(self._prefix + title, text, level))
+        self._alerts.write(lambda run: run.alert(self._prefix + title, text, level))
 
     def _values(self, decision: Decision) -> dict[str, Any]:
         found = metrics(decision, self._groups)

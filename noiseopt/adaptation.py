@@ -94,8 +94,8 @@ class Adaptation:
 
     def observe(self, observer: Observer) -> None:
         """Have an observer called with each decision."""
-        self.observers.append(observer)
         tell([observer], "on_start", self._now)
+        self.observers.append(observer)
 
     def _begin(self) -> None:
         """Let the decisions to come begin from the present state."""
@@ -401,9 +401,14 @@ class Adaptation:
 
 
 def group_names(param_groups: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """How an optimizer's parameter groups are called: by their "name", or by their number."""
+    """How an optimizer's parameter groups are called: by their "name", or by their number.
+
+    Example:
+        >>> group_names([{"name": "head"}, {}, {"name": "head"}])
+        ('head-0', '1', 'head-2')
+    """
     names = [str(group.get("name", index)) for index, group in enumerate(param_groups)]
-    times = Counter(names)
-    return tuple(
-        name if times[name] == 1 else f"{name}-{index}" for index, name in enumerate(names)
-    )
+    while len(set(names)) < len(names):
+        times = Counter(names)
+        names = [f"{n}-{index}" if times[n] > 1 else n for index, n in enumerate(names)]
+    return tuple(names)

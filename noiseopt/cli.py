@@ -89,7 +89,7 @@ def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "report", help="print and draw what the record of a run says", description=REPORT
     )
     parser.add_argument(
-        "folders", type=Path, nargs="+", metavar="RUN", help="a run's folder: runs/NAME"
+        "folders", type=Path, nargs="+", metavar="RUN", help="a run's folder, or its record"
     )
     parser.add_argument(
         "--out",

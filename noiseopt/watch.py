@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from noiseopt.control import Decision, NoiseConfig, Start
+from noiseopt.record.parts import parts
 from noiseopt.record.tail import Tail
 from noiseopt.report.facts import noise_facts
 from noiseopt.report.phrases import change
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 KEPT, SHOWN_CHANGES, WIDTH = 5000, 6, 48
+FACTS_HEIGHT = 22  # lines, of 80 columns, that all else takes
 BARS = "▁▂▃▄▅▆▇█"
 STALE = 60.0  # seconds without a decision, after which it is said for how long
 NEEDS_RICH = "rich is missing: pip install 'noiseopt[demo]'"
@@ -35,7 +37,6 @@ class Watch:
         self._tail = Tail(path)
         self._config: NoiseConfig | None = None
         self._decisions: deque[tuple[Decision, float]] = deque(maxlen=KEPT)
-        self._changes: deque[Decision] = deque(maxlen=SHOWN_CHANGES)
 
     def look(self) -> None:
         """Take in what was decided since the last look.
@@ -43,23 +44,24 @@ class Watch:
         Raises:
             ValueError: the record is damaged.
         """
-        items, anew = self._tail.new()
-        if anew:
-            self._decisions.clear()
-            self._changes.clear()
-        for item, at in items:
+        for item, at in self._tail.new():
             if isinstance(item, Start):
                 self._config = item.config
+                self._go_back(item.state.num_windows)
             else:
                 self._decisions.append((item, at))
-                if item.action != "hold":
-                    self._changes.append(item)
 
-    def view(self, now: float) -> "RenderableType":
+    def _go_back(self, num_windows: int) -> None:
+        """Forget what a resumed run decides anew, or what is told again."""
+        while self._decisions and self._decisions[-1][0].num_windows > num_windows:
+            self._decisions.pop()
+
+    def view(self, now: float, height: int = 40) -> "RenderableType":
         """The run as a panel for rich.
 
         Args:
             now: seconds since 1970.
+            height: lines of the terminal; in a low one fewer changes are shown.
         """
         from rich.console import Group
         from rich.panel import Panel
@@ -75,7 +77,10 @@ class Watch:
         table.add_column(overflow="fold")
         for name, text_ in self.facts(now):
             table.add_row(Text(name), Text(text_))
-        changes = [Text(change(one)) for one in self._changes]
+        shown = min(max(height - FACTS_HEIGHT, 1), SHOWN_CHANGES)
+        changed = [one for one, _ in self._decisions if one.action != "hold"]
+        lines = (change(one) for one in changed[-shown:])
+        changes = [Text(line, no_wrap=True, overflow="ellipsis") for line in lines]
         heading = Text("Latest changes" if changes else "No change yet", style="bold")
         return Panel(Group(table, Text(), heading, *changes), title=title, title_align="left")
 
@@ -92,7 +97,6 @@ class Watch:
             *noise_facts(last.noise, self._config),
             ("", sparkline([d.noise.scale if d.noise else math.nan for d in decisions])),
             ("window", f"{last.accumulation_steps}, a batch of {last.batch:.4g} {last.unit}"),
-            ("", sparkline([float(d.accumulation_steps) for d in decisions])),
             ("learning rate", f"{rate} ({last.phase})"),
             ("gradient norm", f"{norm}, clipped above {last.max_norm:.4g}"),
             ("clipped", f"{last.total_clipped}, and {last.total_skipped} skipped"),
@@ -122,6 +126,7 @@ def watch(path: Path, seconds: float = 1.0, once: bool = False) -> None:
     Raises:
         ModuleNotFoundError: rich is missing; says what to install.
         ValueError: the record is damaged.
+        FileNotFoundError: there is none, and it is not waited for.
     """
     try:
         from rich.console import Console
@@ -131,13 +136,15 @@ def watch(path: Path, seconds: float = 1.0, once: bool = False) -> None:
     run, console = Watch(path), Console(highlight=False)
     run.look()
     if once:
+        if not parts(path):
+            raise FileNotFoundError(f"there is no record {path}")
         console.print(run.view(time.time()))
         return
-    with Live(run.view(time.time()), console=console, auto_refresh=False) as live:
+    with Live(run.view(time.time(), console.height), console=console, auto_refresh=False) as live:
         while True:
             time.sleep(seconds)
             run.look()
-            live.update(run.view(time.time()), refresh=True)
+            live.update(run.view(time.time(), console.height), refresh=True)
 
 
 def sparkline(values: Sequence[float]) -> str:

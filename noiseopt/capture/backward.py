@@ -49,6 +49,8 @@ class BackwardCapture:
         """Watch one more group."""
         self._groups.append(list(params))
         self.passes.add_group(params)
+        if self._mean is not None:
+            self._mean = torch.cat([self._mean, self._mean.new_zeros(1)])
 
     def _read_mean(self) -> None:
         if len(self) < self._window_steps():

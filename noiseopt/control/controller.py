@@ -46,6 +46,17 @@ class Controller:
         """The same controller with so many more parameter groups."""
         return self._with(estimator=self.state.estimator.with_groups(number))
 
+    def with_estimator_settings(self) -> "Controller":
+        """The same controller, whose averages go on as its settings say."""
+        config = self.config
+        estimator = replace(
+            self.state.estimator,
+            half_life_fraction=config.half_life_fraction,
+            half_life_windows=config.half_life_windows,
+            winsorise=config.winsorise,
+        )
+        return self._with(estimator=estimator)
+
     def on_ranks(self, ranks: int) -> "Controller":
         """The same controller on so many ranks, its batches as near as whole windows allow.
 

@@ -151,6 +151,11 @@ class NoiseEstimator:
         new = Average(weight=self.average.weight, weight_sq=self.average.weight_sq)
         return replace(self, groups=self.groups + (new,) * number)
 
+    @property
+    def settings(self) -> tuple[float, float, float]:
+        """What is set, and not learned."""
+        return self.half_life_fraction, self.half_life_windows, self.winsorise
+
     def norm_at(self, batch: float) -> float:
         """The predicted root mean square of |g| at a batch: m(B) = sqrt(|G|^2 + tr(Sigma)/B)."""
         return math.sqrt(max(self.average.signal, 0.0) + max(self.average.trace, 0.0) / batch)

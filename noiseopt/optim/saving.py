@@ -89,13 +89,13 @@ class SavesNoise(NoiseReadings, Optimizer):
     def _restore(self) -> None:
         """Go on from the numbers in the groups, or start where there are none."""
         assert self._adaptation is not None
+        self._collector.clear(keep_memory=False)
+        self._logged = False  # ranks compare what they go on from, as at the start
         numbers = self.param_groups[0].get("noise", {})
         if "version" in numbers:
             self._adaptation.load_numbers(numbers)
         else:
             self._adaptation.restart()
-        self._collector.clear(keep_memory=False)
-        self._logged = False  # ranks compare what they go on from, as at the start
         for group in self.param_groups:
             self._start_numbers(group)
 

@@ -2,8 +2,8 @@
 
 A file is a sequence of *starts* and *decisions*. A start says what decides from there on: the
 settings, the learning-rate rule, the parameter groups and the controller's state. A decision holds
-what was measured since the one before, what was decided and why. So every stretch can be decided
-again, and compared, from the file alone, also one that begins at a checkpoint.
+what was measured since the decision or start before, what was decided and why. So every stretch can
+be decided again, and compared, from the file alone, also one that begins at a checkpoint.
 
 Every line has
 
@@ -17,8 +17,9 @@ A start has `version` (of noiseopt) and the fields of `noiseopt.control.Start`, 
 fields of `noiseopt.control.Window` in their order. The lines are strict JSON: floats that are not
 finite are the strings "inf", "-inf" and "nan".
 
-Files are bounded: a full `decisions.jsonl` becomes `decisions.1.jsonl`, that becomes
-`decisions.2.jsonl`, and so on; the oldest goes. Each begins with a start.
+Files are bounded: a full `decisions.jsonl` becomes `decisions.part1.jsonl`, that becomes
+`decisions.part2.jsonl`, and so on; the oldest goes. Each begins with a start. What a resumed run
+decides anew is moved to `decisions.superseded.jsonl`, which is not bounded and no part of it.
 """
 
 from noiseopt.record.lines import SCHEMA as SCHEMA

@@ -23,6 +23,7 @@ from noiseopt.control import (
 from noiseopt.estimate import WindowNorms
 
 SCHEMA = 2
+KINDS = ("start", "decision")
 
 IN_ORDER = (Window, WindowNorms)  # written as lists, without names: they are most of a record
 
@@ -52,7 +53,7 @@ def from_line(line: str | bytes) -> tuple[Start | Decision, float]:
         ValueError: the line is not JSON, is of another schema, or is neither.
     """
     values = parse(line)
-    if values.get("kind") == "start":
+    if values["kind"] == "start":
         return _start(values), float(values["time"])
     decision: Decision = _decode(Decision, values, "Decision")
     return decision, float(values["time"])
@@ -69,6 +70,8 @@ def parse(line: str | bytes) -> dict[str, Any]:
         raise ValueError(f"{line[:40]!r} does not say its schema: this is not a record of noiseopt")
     if values["schema"] != SCHEMA:
         raise ValueError(f"its schema is {values['schema']!r}; this noiseopt reads {SCHEMA}")
+    if values.get("kind") not in KINDS:
+        raise ValueError(f"its kind is {values.get('kind')!r}: it must be one of {KINDS}")
     if not isinstance(values.get("time"), int | float):
         raise ValueError(f"its time is {values.get('time')!r}, not a number of seconds")
     return values

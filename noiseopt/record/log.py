@@ -7,7 +7,7 @@ from pathlib import Path
 
 from noiseopt.control import Decision, Start
 from noiseopt.record.lines import hash_of, to_line
-from noiseopt.record.parts import check_first_line, go_back, parts, rotate
+from noiseopt.record.parts import check_first_line, go_back, parts, rotate, superseded
 
 PathLike = str | os.PathLike[str]
 
@@ -47,7 +47,7 @@ class DecisionLog:
     def __init__(
         self, path: PathLike, *, resume: bool = False, max_bytes: int = 2**28, keep: int = 3
     ) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()
         if max_bytes < 1 or keep < 0:
             raise ValueError(
                 f"max_bytes is {max_bytes} and keep is {keep}: they must be at least 1 and 0"
@@ -67,7 +67,15 @@ class DecisionLog:
         self._warned = False
 
     def on_start(self, now: Callable[[], Start]) -> None:
-        """Decisions begin, or begin anew: the next one is written behind a start."""
+        """Decisions begin, or begin anew: the next one is written behind a start.
+
+        Raises:
+            RuntimeError: this is the log of another optimizer.
+        """
+        if self._now not in (None, now):
+            raise RuntimeError(
+                f"{self.path} is the record of another optimizer: give each a log and a path"
+            )
         self._now, self._start = now, now()
 
     def __call__(self, decision: Decision) -> None:
@@ -94,23 +102,30 @@ class DecisionLog:
         elif self._interrupted:  # the windows of this decision are incomplete
             self._begin(now())
             return
-        self._write(to_line(decision, self._config_hash), "ab")
+        self._write(to_line(decision, self._config_hash), "ab", create=False)
         if self.path.stat().st_size >= self._max_bytes:
             rotate(self.path, self._keep)
             self._write(to_line(now()), "xb")
 
     def _begin(self, start: Start) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self._is_own:
-            go_back(self.path, start.state.num_windows)
+        moved = go_back(self.path, start.state.num_windows) if self._is_own else 0
+        if moved and not start.state.num_windows:
+            warnings.warn(
+                f"a run begins where {self.path} holds another: its {moved} lines are now in "
+                f"{superseded(self.path)}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
         self._write(to_line(start), "ab" if self._is_own else "xb")
         self._is_own, self._interrupted = True, False
         self._start, self._config_hash = None, hash_of(start.config)
 
-    def _write(self, line: str, mode: str) -> None:
+    def _write(self, line: str, mode: str, create: bool = True) -> None:
         """Write a line at once: a file that stays closed needs no end."""
         data = line.encode("ascii") + b"\n"
-        with self.path.open(mode, buffering=0) as file:
+        opener = None if create else _open_existing
+        with open(self.path, mode, buffering=0, opener=opener) as file:
             written = file.write(data)
         if written != len(data):
             raise OSError(f"only {written} of {len(data)} bytes could be written")
@@ -124,3 +139,8 @@ class DecisionLog:
                 RuntimeWarning,
                 stacklevel=3,
             )
+
+
+def _open_existing(path: str, flags: int) -> int:
+    """Open a file that must be there: without its start a decision is worth nothing."""
+    return os.open(path, flags & ~os.O_CREAT)

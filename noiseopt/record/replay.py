@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from noiseopt.control import Controller, Decision, Start
+from noiseopt.control import RATE_RULES, Controller, ControllerState, Decision, Start
 from noiseopt.record.reading import Record
 
 # These say what is measured and when is decided, which a record has settled.
@@ -12,6 +12,12 @@ SETTLED = {
     *("accumulation", "gradients", "loss_reduction", "skip_nonfinite"),
     *("samples_per_micro_batch", "tokens_per_sample", "decision_interval", "probe_interval"),
 }
+# What of a controller's state is decided, not measured.
+DECIDED = (
+    *("accumulation_steps", "reference_steps", "stable_steps", "noise_ratio", "max_norm"),
+    *("verification", "changed_at_samples", "changed_at_updates", "reverts", "blocked_until"),
+    "caution",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +35,8 @@ class Replayed:
     @property
     def same(self) -> bool:
         """Whether they are equal, evidence and reason included."""
-        return self.recorded == self.again
+        one, other = self.recorded, self.again
+        return one == other or repr(one) == repr(other)  # where nan is nan
 
     @property
     def same_deed(self) -> bool:
@@ -80,10 +87,29 @@ def replay(record: Record, changes: Mapping[str, Any] | None = None) -> Iterator
 def _changed(start: Start, changes: Mapping[str, Any], before: Controller | None) -> Controller:
     """The controller that goes on, or begins, with changed settings."""
     config = replace(start.config, **changes)
-    if before is not None:
-        more = len(start.groups) - len(before.state.estimator.groups)
-        return replace(before.with_groups(more), config=config)
-    if start.state.num_windows:
-        return replace(start.controller().at(start.state.within(config)), config=config)
-    fresh = Start.of_run(config, start.rule, start.groups).controller()
-    return fresh.on_ranks(start.state.num_ranks)
+    if not start.state.num_windows and before is None:
+        fresh = Start.of_run(config, start.rule, start.groups).controller()
+        return fresh.on_ranks(start.state.num_ranks)
+    if before is None and "accumulation_steps" in changes:
+        raise ValueError(
+            "accumulation_steps cannot be changed: it is the first window, and the record begins "
+            f"after {start.state.num_windows} windows"
+        )
+    state = start.state if before is None else _decided_by(before, start)
+    controller = Controller(config, RATE_RULES[start.rule], state.within(config))
+    return controller.with_estimator_settings()
+
+
+def _decided_by(before: Controller, start: Start) -> ControllerState:
+    """A start's state, with what would have been decided by then in place of what was.
+
+    What was measured is the start's: no decision tells the windows between the last one and a
+    checkpoint. Where the averages themselves are changed, they go on as they are.
+    """
+    own, state = before.on_ranks(start.state.num_ranks).state, start.state
+    if len(own.estimator.groups) != len(start.groups):
+        return state
+    decided = {name: getattr(own, name) for name in DECIDED}
+    if own.estimator.settings != state.estimator.settings:
+        decided["estimator"] = own.estimator
+    return replace(state, **decided)

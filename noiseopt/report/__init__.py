@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from noiseopt.record import Record, read
+from noiseopt.record.parts import parts
 from noiseopt.report.decision_table import write_csv
 from noiseopt.report.facts import facts as facts
 from noiseopt.report.losses import read_losses as read_losses
@@ -14,24 +15,24 @@ from noiseopt.report.run import Run
 from noiseopt.report.table import show as show
 from noiseopt.report.verdict import verdict as verdict
 
-RECORD, LOSSES = "decisions.jsonl", "losses.csv"
+RECORD, LOSSES, SUFFIX = "decisions.jsonl", "losses.csv", ".jsonl"
 PAGE, PICTURE, TABLE = "report.html", "plot.png", "decisions.csv"
 
 
 def record_of(run: Path) -> Path:
     """The record of a run, which may be given by its folder or be given itself."""
-    return run if run.suffix == ".jsonl" else run / RECORD
+    return run if run.suffix == SUFFIX else run / RECORD
 
 
-def read_run(folder: Path) -> Record:
+def read_run(run: Path) -> Record:
     """Read the record of a run, given by its folder or itself.
 
     Raises:
         FileNotFoundError: there is none; says how one is made.
         ValueError: it is damaged.
     """
-    path = record_of(folder)
-    if not path.is_file():
+    path = record_of(run)
+    if not parts(path):
         raise FileNotFoundError(
             f"there is no record {path}: give the folder of a run that was recorded, such as those "
             "of `noiseopt demo`, or record your own with noiseopt.record.DecisionLog"
@@ -39,31 +40,32 @@ def read_run(folder: Path) -> Record:
     return read(path)
 
 
-def report(folders: Sequence[Path], out: Path | None = None) -> list[Path]:
+def report(runs: Sequence[Path], out: Path | None = None) -> list[Path]:
     """Print the facts of some runs, and write all that `write` does; returns the files.
 
     Args:
-        folders: the runs' folders.
+        runs: the runs' folders, or their records.
         out: where the page goes; a folder, or the page itself.
 
     Raises:
-        FileNotFoundError: there is no record in a folder.
-        ValueError: a record or a loss table is damaged.
+        FileNotFoundError: there is no record.
+        ValueError: a record or a loss table is damaged, or the page would replace a record.
         ModuleNotFoundError: what draws is missing; says what to install.
     """
-    records = {folder: read_run(folder) for folder in folders}
-    for folder, record in records.items():
-        show(f"Run {folder}", ("", ""), facts(record))
-    return write(records, out)
+    page = _page_of(out, runs)
+    records = {run: read_run(run) for run in runs}
+    for run, record in records.items():
+        show(f"Run {run}", ("", ""), facts(record))
+    return write(records, page)
 
 
-def write(records: Mapping[Path, Record | None], out: Path | None = None) -> list[Path]:
+def write(records: Mapping[Path, Record | None], page: Path | None = None) -> list[Path]:
     """Write one page of some runs, and of each its table and its picture; returns the files.
 
     Args:
-        records: the record of each run by its folder; None if nothing was recorded.
-        out: where the page goes; a folder, or the page itself. The first run's folder if not
-            given. Pictures and tables lie in the folders of their runs.
+        records: the record of each run, by its folder or its path; None if nothing was recorded.
+        page: the page; beside the first run's record if not given. Pictures and tables lie beside
+            the records of their runs.
 
     Raises:
         ValueError: a loss table is damaged.
@@ -71,23 +73,40 @@ def write(records: Mapping[Path, Record | None], out: Path | None = None) -> lis
     """
     names = _names(list(records))
     runs = {
-        folder: Run.of(name, record, read_losses(folder / LOSSES))
-        for (folder, record), name in zip(records.items(), names, strict=True)
+        path: Run.of(name, record, read_losses(_beside(path, LOSSES)))
+        for (path, record), name in zip(records.items(), names, strict=True)
     }
-    page = out if out is not None else next(iter(records))
-    written = [page / PAGE if page.is_dir() else page]
+    written = [_beside(next(iter(records)), PAGE) if page is None else page]
     write_page(written[0], list(runs.values()))
-    for folder, record in records.items():
+    for path, record in records.items():
         if record is not None:
-            write_csv(folder / TABLE, record.decisions, record.groups)
-            written.append(folder / TABLE)
-    for folder, run in runs.items():
-        plot(folder / PICTURE, run)
-        written.append(folder / PICTURE)
+            written.append(_beside(path, TABLE))
+            write_csv(written[-1], record.stretches)
+    for path, run in runs.items():
+        written.append(_beside(path, PICTURE))
+        plot(written[-1], run)
     return written
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
-    """The folders' names; their paths where two have the same."""
-    names = [folder.resolve().name for folder in folders]
-    return names if len(set(names)) == len(names) else list(map(str, folders))
+def _page_of(out: Path | None, runs: Sequence[Path]) -> Path | None:
+    """Where the page goes; what is no name of a page is the name of a folder."""
+    if out is None:
+        return None
+    if out.suffix == SUFFIX or out.resolve() in [record_of(run).resolve() for run in runs]:
+        raise ValueError(f"{out} is a record's name: give the page another")
+    page = out if out.suffix else out / PAGE
+    page.parent.mkdir(parents=True, exist_ok=True)
+    return page
+
+
+def _beside(run: Path, name: str) -> Path:
+    """A file of a run: beside its record, and named after that if it is not the usual one."""
+    record = record_of(run)
+    return record.with_name(name if record.name == RECORD else f"{record.stem}.{name}")
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """The names of their folders, and of records that are not the usual; paths where two agree."""
+    records = [record_of(run).resolve() for run in runs]
+    names = [path.parent.name if path.name == RECORD else path.stem for path in records]
+    return names if len(set(names)) == len(names) else list(map(str, runs))

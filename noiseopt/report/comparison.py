@@ -38,18 +38,30 @@ def compare(record: Record, changes: Mapping[str, Any] | None = None) -> Compari
     again = list(replay(record, changes))
     if not again:
         raise ValueError("the record holds no decision: there is nothing to decide again")
-    last, windows = again[-1], [one.recorded.windows for one in again]
-    taken = [sum(one.micro_batches - one.skipped for one in some) for some in windows]
-    # A decision rules the windows after it; of those before the first, nothing else was decided.
-    ruling = [taken[0] / max(len(windows[0]), 1), *(one.again.accumulation_steps for one in again)]
+    last, ruling = again[-1], [None, *again]
     return Comparison(
         decisions=len(again),
         differ=[one for one in again if not one.same],
         changes=[one for one in again if _moves(one)],
-        recorded_updates=sum(window.applied for some in windows for window in some),
-        updates=sum(number / max(steps, 1) for number, steps in zip(taken, ruling, strict=False)),
+        recorded_updates=sum(map(_recorded_updates, again)),
+        updates=sum(_updates(*pair) for pair in zip(again, ruling, strict=False)),
         steps=(last.recorded.accumulation_steps, last.again.accumulation_steps),
     )
+
+
+def _recorded_updates(one: Replayed) -> int:
+    return sum(window.applied for window in one.recorded.windows)
+
+
+def _updates(one: Replayed, ruling: Replayed | None) -> float:
+    """Updates that the micro-batches up to a decision make in the windows decided before it."""
+    if ruling is None or not ruling.again.applied:
+        return _recorded_updates(one)
+    own, recorded = ruling.again, ruling.recorded
+    if recorded.applied and own.accumulation_steps == recorded.accumulation_steps:
+        return _recorded_updates(one)
+    taken = sum(window.micro_batches - window.skipped for window in one.recorded.windows)
+    return taken / own.accumulation_steps
 
 
 def _moves(one: Replayed) -> bool:

@@ -4,41 +4,32 @@ What is unknown or not finite is empty.
 """
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from noiseopt.control import Decision
 from noiseopt.control.metrics import metrics
+from noiseopt.record import Stretch
 
 WORDS = ("update", "action", "reason")
 
 
-def write_csv(path: Path, decisions: Sequence[Decision], groups: Sequence[str] = ()) -> None:
-    """Write the decisions of a run.
-
-    Args:
-        path: the file.
-        decisions: what was decided.
-        groups: the names of the parameter groups.
-    """
+def write_csv(path: Path, stretches: Sequence[Stretch]) -> None:
+    """Write the decisions of a run, with the names that parameter groups had at the time."""
+    columns = dict.fromkeys(name for _, values in _rows(stretches) for name in values)
     with path.open("w", newline="", encoding="utf-8", errors="replace") as file:
         table = csv.writer(file)
-        columns = _columns(decisions, groups)
         table.writerow([*WORDS, *columns])
-        for decision in decisions:
-            values = metrics(decision, groups)
-            row = [values.get(column, "") for column in columns]
-            table.writerow(
-                [decision.num_updates, *map(_word, (decision.action, decision.reason)), *row]
-            )
+        for decision, values in _rows(stretches):
+            words = map(_word, (decision.action, decision.reason))
+            numbers = [values.get(column, "") for column in columns]
+            table.writerow([decision.num_updates, *words, *numbers])
 
 
-def _columns(decisions: Iterable[Decision], groups: Sequence[str]) -> list[str]:
-    """The names of all numbers that any decision has, in their order."""
-    found: dict[str, None] = {}
-    for decision in decisions:
-        found |= dict.fromkeys(metrics(decision, groups))
-    return list(found)
+def _rows(stretches: Iterable[Stretch]) -> Iterator[tuple[Decision, dict[str, float]]]:
+    for stretch in stretches:
+        for decision in stretch.decisions:
+            yield decision, metrics(decision, stretch.start.groups)
 
 
 def _word(text: str) -> str:

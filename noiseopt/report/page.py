@@ -46,8 +46,10 @@ MODEL = (
 
 
 def write_page(path: Path, runs: Sequence[Run]) -> None:
-    """Write the page of some runs."""
-    path.write_text(page(runs), encoding="utf-8", errors="replace")
+    """Write the page of some runs, at once: what is there stays whole until it is."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(page(runs), encoding="utf-8", errors="replace")
+    partial.replace(path)
 
 
 def page(runs: Sequence[Run]) -> str:

@@ -72,7 +72,8 @@ def test_a_plain_state_begins_the_record_anew(path):
     train(model, optimizer, draw(40))
     plain = torch.optim.AdamW(model.parameters())
     optimizer.load_state_dict(plain.state_dict())
-    train(model, optimizer, draw(40))
+    with pytest.warns(RuntimeWarning, match="a run begins where"):
+        train(model, optimizer, draw(40))
     assert updates(assert_tells_all(path, optimizer.decisions))[0] == 5
     assert path.with_name("decisions.superseded.jsonl").exists()
 
@@ -116,6 +117,23 @@ def test_a_monitor_is_told(path):
         optimizer.step()
         optimizer.zero_grad()
     assert assert_tells_all(path, monitor.decisions).groups == ("all",)
+
+
+def test_a_monitor_is_told_of_a_group_that_is_added(path):
+    model, more = build(), torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    monitor = NoiseMonitor(optimizer, noise=growing())
+    monitor.add_observer(DecisionLog(path))
+    for index, batch in enumerate(draw(60)):
+        if index == 17:
+            optimizer.add_param_group({"params": [more], "name": "late"})
+        for _ in range(monitor.accumulation_steps):
+            loss = loss_of(model, batch) + (more * torch.randn(3)).sum()
+            (loss / monitor.accumulation_steps).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert assert_tells_all(path, monitor.decisions).groups == ("0", "late")
+    assert monitor.noise.groups[1].trace > 0
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,10 @@ def test_of_two_that_begin_at_once_one_writes_and_the_other_says_so(path):
     assert numbers(read(path)) == [10, 20, 30, 40]
 
 
+BEGINS_ANEW = "ignore:a run begins where"
+
+
+@pytest.mark.filterwarnings(BEGINS_ANEW)
 @pytest.mark.parametrize("saved_at", [0, 30, 57, 100])
 def test_a_resumed_run_goes_on_without_duplicates(path, saved_at):
     """The run is lost at 100, and goes on from a checkpoint."""
@@ -120,8 +124,8 @@ def test_a_full_file_is_followed_by_another_and_the_oldest_goes(path):
     simulated = recorded(path, 600, max_bytes=20_000, keep=2)
     files = parts(path)
     assert [file.name for file in files] == [
-        "decisions.2.jsonl",
-        "decisions.1.jsonl",
+        "decisions.part2.jsonl",
+        "decisions.part1.jsonl",
         "decisions.jsonl",
     ]
     assert all(file.stat().st_size < 30_000 for file in files)
@@ -154,13 +158,15 @@ def test_a_run_resumes_across_full_files(path):
 
 def test_other_files_of_the_folder_are_left_alone(path):
     path.parent.mkdir()
-    others = [path.with_name(name) for name in ("decisions.txt", "decisions.a.jsonl", "x.1.jsonl")]
+    names = ("decisions.txt", "decisions.a.jsonl", "decisions.1.jsonl", "x.part1.jsonl")
+    others = [path.with_name(name) for name in names]
     for other in others:
         other.write_text("mine")
     recorded(path, 600, max_bytes=20_000, keep=1)
-    assert [other.read_text() for other in others] == ["mine"] * 3
+    assert [other.read_text() for other in others] == ["mine"] * 4
 
 
+@pytest.mark.filterwarnings(BEGINS_ANEW)
 @given(cut=st.integers(1, 4000), saved_at=st.integers(0, 100))
 def test_a_run_killed_while_it_writes_resumes(tmp_path_factory, cut, saved_at):
     path = tmp_path_factory.mktemp("run") / "decisions.jsonl"
@@ -243,6 +249,60 @@ def test_a_damaged_record_is_not_touched(path):
     with pytest.warns(RuntimeWarning, match="not recorded"):
         resumed.run(50)
     assert path.read_bytes() == damaged
+
+
+def test_a_run_from_scratch_over_another_says_where_that_went(path):
+    recorded(path, 50)
+    again = Simulated()
+    again.add_observer(DecisionLog(path, resume=True))
+    with pytest.warns(RuntimeWarning, match=r"its 6 lines are now in .*superseded\.jsonl"):
+        again.run(20)
+    assert numbers(read(path)) == [10, 20]
+
+
+def test_a_file_that_was_deleted_is_begun_anew_with_a_warning(path):
+    simulated = recorded(path, 50)
+    path.unlink()
+    with pytest.warns(RuntimeWarning, match="not recorded"):
+        simulated.run(10)
+    simulated.run(40)
+    assert numbers(read(path)) == [80, 90, 100]
+    assert_replays(read(path))
+
+
+def test_a_change_of_the_working_directory_moves_nothing(path, monkeypatch):
+    monkeypatch.chdir(path.parent.parent)
+    simulated = Simulated()
+    simulated.add_observer(DecisionLog("run/decisions.jsonl"))
+    simulated.run(20)
+    monkeypatch.chdir("/")
+    simulated.run(20)
+    assert numbers(read(path)) == [10, 20, 30, 40]
+
+
+def test_a_log_serves_one_optimizer(path):
+    log = DecisionLog(path)
+    Simulated().add_observer(log)
+    with pytest.raises(RuntimeError, match="is the record of another optimizer"):
+        Simulated().add_observer(log)
+
+
+@pytest.mark.parametrize("last", ['{"schema": 2}', '{"schema": 2, "kind": "start", "time": 1}'])
+def test_a_last_line_that_says_too_little_stops_no_training(path, last):
+    recorded(path, 50)
+    with path.open("a") as file:
+        file.write(f"{last}\n")
+    before = path.read_bytes()
+    resumed = Simulated()
+    resumed.add_observer(DecisionLog(path, resume=True))
+    with pytest.warns(RuntimeWarning, match="not recorded"):
+        resumed.run(50)
+    assert path.read_bytes() == before
+
+
+def test_a_folder_is_refused_at_once(tmp_path):
+    with pytest.raises(ValueError, match="is a folder"):
+        DecisionLog(tmp_path, resume=True)
 
 
 def test_a_file_that_is_no_record_is_refused_at_once(path):

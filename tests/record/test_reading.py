@@ -47,7 +47,7 @@ def test_a_killed_run_loses_its_last_line_only(path):
         (lambda lines: ["not json", *lines], "line 1: "),
         (lambda lines: lines[1:], "line 1: it is no start"),
         (lambda lines: [lines[0], lines[1][:99], *lines[2:]], "line 2: "),
-        (lambda lines: [*lines[:2], '{"schema": 2, "time": 1}'], "line 3: Decision lacks"),
+        (lambda lines: [*lines[:2], '{"schema": 2, "time": 1}'], "line 3: its kind is None"),
     ],
 )
 def test_damage_is_named_with_its_place(path, damage, message):

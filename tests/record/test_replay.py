@@ -99,6 +99,44 @@ def test_a_changed_replay_of_what_was_resumed_keeps_to_its_limits(path):
     assert {replayed.again.accumulation_steps for replayed in again} <= {1, 2}
 
 
+@pytest.mark.parametrize("saved_at", [300, 305])
+@pytest.mark.parametrize("changes", [{"max_accumulation_steps": 32}, {"max_reverts": 4}])
+def test_a_change_that_changes_nothing_changes_nothing_across_a_resume(path, saved_at, changes):
+    """Also where windows between the last decision and the checkpoint are in no decision."""
+    simulated = Simulated()
+    simulated.add_observer(DecisionLog(path))
+    simulated.run(saved_at)
+    simulated.load(simulated.controller.state)
+    simulated.run(300)
+    again = list(replay(read(path), changes))
+    assert len(again) == (saved_at + 300) // 10
+    assert all(replayed.same for replayed in again)
+
+
+def test_a_stretch_keeps_to_its_own_bounds(path):
+    simulated = Simulated()
+    simulated.add_observer(DecisionLog(path))
+    simulated.run(560)
+    assert simulated.controller.state.accumulation_steps > 2
+    lower = Simulated(replace(CONFIG, max_accumulation_steps=2))
+    lower.add_observer(DecisionLog(path, resume=True))
+    lower.load(simulated.controller.state.within(lower.config))
+    lower.run(100)
+    again = list(replay(read(path), {"clip_z": CONFIG.clip_z}))
+    assert all(replayed.same for replayed in again)
+
+
+def test_settings_of_the_averages_count_in_a_record_that_begins_late(path):
+    simulated = Simulated()
+    simulated.run(300)
+    simulated.add_observer(DecisionLog(path))
+    simulated.run(300)
+    again = list(replay(read(path), {"half_life_fraction": 0.5}))
+    assert not any(replayed.same for replayed in again[5:])
+    with pytest.raises(ValueError, match="begins after 300 windows"):
+        list(replay(read(path), {"accumulation_steps": 2}))
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

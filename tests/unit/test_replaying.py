@@ -52,13 +52,21 @@ def test_other_settings_show_where_they_decide_otherwise(run, capsys):
 
 def test_updates_are_counted_by_the_windows_that_were_decided(run):
     record = read(run / "decisions.jsonl")
-    same = compare(record)
+    same = compare(record, {"max_accumulation_steps": CONFIG.max_accumulation_steps})
     micro_batches = sum(w.micro_batches - w.skipped for d in record.decisions for w in d.windows)
-    assert same.recorded_updates == record.decisions[-1].num_updates
-    # Probes of two among windows of one, and the window that was skipped, are all that differs.
-    assert same.updates == pytest.approx(same.recorded_updates, rel=0.1)
+    assert same.recorded_updates == same.updates == record.decisions[-1].num_updates
     one = compare(record, {"max_accumulation_steps": 1})
     assert one.updates == pytest.approx(micro_batches, rel=0.1)
+
+
+def test_advice_that_is_not_applied_makes_no_fewer_updates(tmp_path):
+    simulated = Simulated(replace(CONFIG, mode="advise", accumulation_steps=4))
+    simulated.add_observer(DecisionLog(tmp_path / "decisions.jsonl"))
+    simulated.run()
+    record = read(tmp_path / "decisions.jsonl")
+    found = compare(record, {"clip_z": 2.5})
+    assert found.updates == found.recorded_updates == 599
+    assert compare(record, {"mode": "auto"}).updates < 500
 
 
 def test_many_rows_are_shown_from_both_ends(run):

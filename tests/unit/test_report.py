@@ -203,6 +203,34 @@ def test_the_command_prints_and_draws(tmp_path, capsys):
     assert str(tmp_path / report.PICTURE) in printed.replace("\n", "")
 
 
+@pytest.mark.parametrize("given_as", ["folder", "record", "out"])
+def test_a_record_is_never_written_over(tmp_path, given_as, capsys):
+    write(tmp_path, [decide(1), with_interval(9.0, 30.0)])
+    record = tmp_path / report.RECORD
+    before = record.read_bytes()
+    run = str(tmp_path if given_as == "folder" else record)
+    out = ["--out", str(record)] if given_as == "out" else []
+    assert cli.main(["report", run, *out]) == (1 if out else 0)
+    assert record.read_bytes() == before
+    assert (tmp_path / "report.html").exists() == (not out)
+    assert ("is a record's name" in capsys.readouterr().err) == bool(out)
+
+
+def test_a_record_of_another_name_has_its_own_pages(tmp_path):
+    write(tmp_path, [decide(1), with_interval(9.0, 30.0)])
+    (tmp_path / report.RECORD).rename(tmp_path / "critic.jsonl")
+    assert cli.main(["report", str(tmp_path / "critic.jsonl")]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("critic.jsonl", "critic.report.html", "critic.plot.png", "critic.decisions.csv")
+    }
+
+
+def test_the_page_goes_into_a_folder_that_is_made(tmp_path):
+    write(tmp_path, [decide(1), with_interval(9.0, 30.0)])
+    assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "new" / "pages")]) == 0
+    assert (tmp_path / "new" / "pages" / "report.html").is_file()
+
+
 def test_a_folder_without_a_record_is_named(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path)]) == 1
     captured = capsys.readouterr()

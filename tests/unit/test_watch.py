@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from noiseopt import cli
-from noiseopt.record import DecisionLog
+from noiseopt.record import DecisionLog, tail
 from noiseopt.watch import Watch, sparkline
 from tests.record.simulated import Simulated
 
@@ -127,7 +127,58 @@ def test_a_damaged_record_is_named(path, capsys):
     started(path).run(50)
     path.write_text(path.read_text().replace('"kind": "start"', '"kind": 7'))
     assert cli.main(["watch", str(path.parent), "--once"]) == 1
-    assert "Decision lacks" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{path}: its kind is 7" in error
+
+
+def test_a_run_that_resumes_between_two_looks_with_as_many_bytes_is_seen(path):
+    """The file is taken back and written on: its length alone does not tell."""
+    simulated, watch = started(path), Watch(path)
+    simulated.run(40)
+    state = simulated.controller.state
+    simulated.run(10)
+    watch.look()
+    simulated.load(state)
+    simulated.run(60)
+    watch.look()
+    assert seen(watch) == list(range(10, 101, 10))
+
+
+def test_a_first_look_at_a_long_record_reads_its_end_only(path, monkeypatch):
+    monkeypatch.setattr(tail, "FAR", 20_000)
+    simulated = started(path)
+    simulated.run(600)
+    watch = Watch(path)
+    watch.look()
+    assert 3 < len(seen(watch)) < 15
+    assert seen(watch)[-1] == 600
+    assert "noise scale" in text_of(watch)
+    simulated.run(20)
+    watch.look()
+    assert seen(watch)[-3:] == [600, 610, 620]
+
+
+def test_a_full_file_takes_nothing_from_the_view(path):
+    simulated, watch = started(path, max_bytes=30_000), Watch(path)
+    for known in range(10, 400, 10):
+        simulated.run(10)
+        watch.look()
+        assert seen(watch) == list(range(10, known + 1, 10))
+
+
+def test_a_low_terminal_shows_fewer_changes(path):
+    started(path).run(600)
+    watch = Watch(path)
+    watch.look()
+    stream = io.StringIO()
+    Console(file=stream, width=80, highlight=False).print(watch.view(time.time(), height=24))
+    assert len(stream.getvalue().splitlines()) <= 24
+    assert "Latest changes" in stream.getvalue()
+
+
+def test_a_run_that_is_not_there_is_named_where_it_is_not_waited_for(path, capsys):
+    assert cli.main(["watch", str(path.parent), "--once"]) == 1
+    assert "there is no record" in capsys.readouterr().err
 
 
 def test_the_command_follows_a_live_run_until_it_is_interrupted(path):
