@@ -28,7 +28,7 @@ CONSTRAINTS_newest := constraints.txt
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo demo-deepspeed browser test test-ends test-oldest test-newest lint format bench clean distclean
+.PHONY: help demo demo-deepspeed browser test test-ends test-oldest test-newest lint format bench convergence clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -73,11 +73,16 @@ format: $(VENV)/installed-dev ## put the sources into the house format
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-bench: $(VENV)/installed-bench ## measure the overhead, also across ranks and with DeepSpeed, and the estimator against its peers
+bench: $(VENV)/installed-bench ## measure the overhead, also across ranks, with DeepSpeed and of observers, and the estimator
 	@$(BIN)/python benchmarks/overhead.py $(ARGS)
 	@$(BIN)/python benchmarks/ranks.py $(ARGS)
 	@$(BIN)/python benchmarks/deepspeed.py $(ARGS)
+	@$(BIN)/python benchmarks/observers.py $(ARGS)
 	@$(BIN)/python benchmarks/estimator.py $(ARGS)
+
+convergence: $(VENV)/installed-bench ## run what is missing of the convergence benchmark, for hours, and draw its table
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.convergence run $(ARGS)
+	@$(BIN)/python -m benchmarks.convergence table
 
 clean: ## remove what building and testing left
 	@rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -89,7 +94,7 @@ distclean: clean ## the same, and remove the environments
 $(VENV)/installed-demo: EXTRAS := wandb,demo
 $(VENV)/installed-dev: EXTRAS := dev
 $(VENV)/installed-demo-deepspeed: EXTRAS := wandb,demo,deepspeed
-$(VENV)/installed-bench: EXTRAS := bench,deepspeed
+$(VENV)/installed-bench: EXTRAS := bench,deepspeed,wandb,tensorboard
 $(VENV)/installed-%: $(VENV)/created pyproject.toml constraints.txt
 	@echo "Installing noiseopt[$(EXTRAS)] into $(VENV) (once; a minute or two)"
 	@$(call INSTALL,$(VENV),constraints.txt) setuptools
