@@ -98,7 +98,7 @@ class Watch:
             ("", sparkline([d.noise.scale if d.noise else math.nan for d in decisions])),
             ("window", f"{last.accumulation_steps}, a batch of {last.batch:.4g} {last.unit}"),
             ("learning rate", f"{rate} ({last.phase})"),
-            ("gradient norm", f"{norm}, clipped above {last.max_norm:.4g}"),
+            ("gradient norm", f"{norm}, {_clipping(last.max_norm)}"),
             ("clipped", f"{last.total_clipped}, and {last.total_skipped} skipped"),
             ("loss", "not reported" if last.loss is None else f"{last.loss:.4f}"),
             ("", sparkline([math.nan if d.loss is None else d.loss for d in decisions])),
@@ -166,6 +166,10 @@ def sparkline(values: Sequence[float]) -> str:
 def _mean(values: Iterable[float]) -> float:
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else math.nan
+
+
+def _clipping(max_norm: float) -> str:
+    return f"clipped above {max_norm:.4g}" if math.isfinite(max_norm) else "not clipped"
 
 
 def _age(seconds: float) -> str:

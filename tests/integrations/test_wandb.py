@@ -324,6 +324,31 @@ def test_a_negative_cadence_is_refused(offline):
         WandbObserver(offline("run"), seconds=-1)
 
 
+def test_where_wandb_is_absent_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'noiseopt\[wandb\]'"):
+        WandbObserver()
+
+
+def test_alerts_that_fail_take_nothing_else_with_them(tmp_path, offline, monkeypatch):
+    run = offline("run")
+    observer = observing(run)
+
+    def fail(*arguments, **options):
+        raise ConnectionError("no messages today")
+
+    monkeypatch.setattr(run, "alert", fail)
+    first, *others = decisions(10)
+    with pytest.warns(RuntimeWarning, match="wandb's alerts"):
+        observer(replace(first, action="revert"))
+    for decision in others:
+        observer(replace(decision, action="revert"))
+        run.log({"loss": 1.0})
+    observer.close()
+    run.finish()
+    assert len(Written(tmp_path / "run").rows) == 9
+
+
 def test_importing_it_does_not_import_wandb():
     program = "import sys, noiseopt.integrations.wandb; print('wandb' in sys.modules)"
     done = subprocess.run(
