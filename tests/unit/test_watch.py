@@ -1,5 +1,6 @@
 """The terminal view follows a record that is being written, taken back or begun anew."""
 
+import contextlib
 import io
 import os
 import pty
@@ -187,7 +188,7 @@ def test_the_command_follows_a_live_run_until_it_is_interrupted(path):
     terminal, inside = pty.openpty()
     process = subprocess.Popen(command, stdout=inside, stderr=inside)
     os.close(inside)
-    timer = threading.Timer(60, process.kill)
+    timer = threading.Timer(120, process.kill)
     timer.start()
     shown, simulated = b"", started(path)
     try:
@@ -196,6 +197,9 @@ def test_the_command_follows_a_live_run_until_it_is_interrupted(path):
             if b"No decision yet" in shown:
                 simulated.run(10)
         process.send_signal(signal.SIGINT)
+        with contextlib.suppress(OSError):  # which is how a terminal says that no one writes
+            while os.read(terminal, 10_000):
+                pass
         assert process.wait() == 0
     finally:
         timer.cancel()
