@@ -122,14 +122,6 @@ def test_wandb_gets_an_offline_run_for_each_arm(tmp_path, monkeypatch, capfd):
     assert "wandb: " not in "".join(capfd.readouterr())
 
 
-@pytest.fixture
-def interruptible():
-    """Ctrl-C as at a terminal: what runs in the background may ignore it, and its children too."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("arm", list(ARMS))
 def test_an_interrupted_run_keeps_and_shows_what_was_done(tmp_path, monkeypatch, capsys, arm):

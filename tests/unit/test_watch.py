@@ -182,6 +182,7 @@ def test_a_run_that_is_not_there_is_named_where_it_is_not_waited_for(path, capsy
     assert "there is no record" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_the_command_follows_a_live_run_until_it_is_interrupted(path):
     """In a terminal, which the view is redrawn in."""
     command = [sys.executable, "-m", "noiseopt", "watch", str(path.parent), "--every", "0.05"]
