@@ -14,6 +14,8 @@ def records(folder: Path):
 
     (path,) = folder.rglob("*.wandb")
     content = path.read_bytes()
+    if not content:
+        return  # wandb's own process has not begun to write
     assert content[:4] == b":W&B"
     position, whole = 7, b""
     while position + 7 <= len(content):
