@@ -9,12 +9,11 @@ BLOCK = 32 * 1024
 
 
 def records(folder: Path):
-    """Yield the records of an offline run: a LevelDB log of protocol buffers."""
+    """Yield the records of an offline run so far: a LevelDB log of protocol buffers."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    (path,) = folder.rglob("*.wandb")
-    content = path.read_bytes()
-    if not content:
+    content = b"".join(path.read_bytes() for path in folder.rglob("*.wandb"))
+    if len(content) < 7:
         return  # wandb's own process has not begun to write
     assert content[:4] == b":W&B"
     position, whole = 7, b""
@@ -23,6 +22,8 @@ def records(folder: Path):
             position += BLOCK - position % BLOCK
             continue
         _, length, kind = struct.unpack("<IHB", content[position : position + 7])
+        if position + 7 + length > len(content):
+            return  # it is being written
         whole += content[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # a whole record, or the last piece of one
