@@ -26,7 +26,7 @@ if sys.path[0] == str(Path(__file__).resolve().parent):
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # else this file hides the package
 import deepspeed
 
-from benchmarks import ranks
+from benchmarks import ranks, recording
 from benchmarks.ranks import CONTROL, FULL, OURS, REFERENCE, RESULTS, SIZES, Cost, Size, Times
 from noiseopt.demo.gpt import GPT, VOCABULARY
 from noiseopt.integrations.deepspeed import initialize
@@ -150,8 +150,9 @@ def run(plan: Plan) -> Iterator[Sequence[Cost]]:
 
 
 def origin_of(arguments: Sequence[str]) -> dict[str, str]:
-    origin = ranks.origin_of(arguments, Path(__file__).name, ("noiseopt", "integrations"))
-    return origin | {"versions": f"{origin['versions']}, deepspeed {deepspeed.__version__}"}
+    code, versions = ("noiseopt", "integrations"), f"deepspeed {deepspeed.__version__}"
+    origin = recording.origin_of(Path(__file__).name, arguments, code, versions)
+    return origin | {"device": ranks.DEVICE}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -169,7 +170,7 @@ def main(arguments: Sequence[str]) -> None:
     origin = origin_of(arguments)  # before others can commit what is not measured here
     for results in run(plan):
         if folder is not None:
-            ranks.append(results, origin, folder, NAME)
+            recording.append(results, origin, folder / NAME)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import argparse
 import json
 import math
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -32,6 +31,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+if sys.path[0] == str(Path(__file__).resolve().parent):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a script
+
+from benchmarks import recording
 from noiseopt.estimate import NoiseEstimator, WindowNorms
 
 Array = NDArray[np.float64]
@@ -764,26 +767,8 @@ def write(records: list[Record], folder: Path) -> None:
 
 
 def origin_of(arguments: Sequence[str]) -> dict[str, str]:
-    """The command, the commit (marked where this code was changed since) and the versions."""
-    here = Path(__file__).resolve().parent
-
-    def git(*words: str) -> str:
-        try:
-            done = subprocess.run(
-                ("git", *words), cwd=here, capture_output=True, text=True, check=True
-            )
-        except (OSError, subprocess.CalledProcessError):
-            return "unknown"
-        return done.stdout.strip()
-
-    code = (str(here / "estimator.py"), str(here.parent / "noiseopt" / "estimate"))
-    changed = "+changes" if git("status", "--porcelain", "--", *code) else ""
-    python = ".".join(map(str, sys.version_info[:3]))
-    return {
-        "command": " ".join(("python benchmarks/estimator.py", *arguments)),
-        "commit": git("rev-parse", "--short", "HEAD") + changed,
-        "versions": f"python {python}, numpy {np.__version__}, torch {torch.__version__}",
-    }
+    versions = f"numpy {np.__version__}"
+    return recording.origin_of(Path(__file__).name, arguments, ("noiseopt/estimate",), versions)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -33,7 +33,7 @@ from torch.utils.tensorboard import SummaryWriter
 if sys.path[0] == str(Path(__file__).resolve().parent):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import ranks
+from benchmarks import ranks, recording
 from benchmarks.ranks import RESULTS
 from noiseopt.control import Decision
 from noiseopt.demo import text
@@ -188,15 +188,15 @@ def main(arguments: Sequence[str]) -> None:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     folder = options.output or (None if options.quick else RESULTS)
-    origin = ranks.origin_of(arguments, Path(__file__).name, ("noiseopt", "integrations"))
-    origin |= {"device": "CPU, 1 thread"}
+    code = ("noiseopt", "integrations")
+    origin = recording.origin_of(Path(__file__).name, arguments, code) | {"device": "CPU, 1 thread"}
     blocks = options.blocks or (2 if options.quick else 150)
     with tempfile.TemporaryDirectory() as scratch:
         results = measure(blocks, Path(scratch), Settings())
     ranks.print_results([one for one in results if isinstance(one, Share)], ("part",))
     ranks.print_results([one for one in results if isinstance(one, Ratio)], ())
     if folder is not None:
-        ranks.append(results, origin, folder, NAME)
+        recording.append(results, origin, folder / NAME)
 
 
 if __name__ == "__main__":

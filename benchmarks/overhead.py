@@ -22,11 +22,9 @@ waits: steps without a decision under torch.cuda.set_sync_debug_mode("error").
 
 import argparse
 import gc
-import json
 import logging
 import random
 import statistics
-import subprocess
 import sys
 import time
 import warnings
@@ -45,6 +43,10 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+if sys.path[0] == str(Path(__file__).resolve().parent):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a script
+
+from benchmarks import recording
 from noiseopt import NoiseAwareAdamW, NoiseConfig
 
 UPDATE_TARGET = 0.95
@@ -56,6 +58,7 @@ SMALL = 240  # bytes; every parameter of our models is larger, and no row of nor
 MIN_ROUNDS = 3
 SECONDS = 390.0  # after which each comparison still makes one round
 RESULTS = Path(__file__).parent / "results"
+NAME = "overhead.json"
 REFERENCE, CONTROL = "torch", "torch, again"
 
 
@@ -927,39 +930,10 @@ def print_timings(timings: Sequence[Timing]) -> None:
 
 
 def origin_of(arguments: Sequence[str], device: torch.device) -> dict[str, str]:
-    """The command, the commit (marked where this code was changed since), device and versions."""
-    here = Path(__file__).resolve().parent
-
-    def git(*words: str) -> str:
-        try:
-            done = subprocess.run(
-                ("git", *words), cwd=here, capture_output=True, text=True, check=True
-            )
-        except (OSError, subprocess.CalledProcessError):
-            return "unknown"
-        return done.stdout.strip()
-
-    code = (str(here / "overhead.py"), str(here.parent / "noiseopt"))
-    changed = "+changes" if git("status", "--porcelain", "--", *code) else ""
-    python = ".".join(map(str, sys.version_info[:3]))
     threads = torch.get_num_threads()
     cpu = f"CPU, {threads} {'thread' if threads == 1 else 'threads'}"
-    return {
-        "command": " ".join(("python benchmarks/overhead.py", *arguments)),
-        "commit": git("rev-parse", "--short", "HEAD") + changed,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
-        "versions": f"python {python}, torch {torch.__version__}",
-    }
-
-
-def append(results: Sequence[Result], origin: dict[str, str], folder: Path) -> None:
-    """Add the records to overhead.json, one to a line."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "overhead.json"
-    records = json.loads(path.read_text()) if path.exists() else []
-    records += [asdict(result) | origin for result in results]
-    lines = ",\n".join(json.dumps(record, allow_nan=False) for record in records)
-    path.write_text(f"[\n{lines}\n]\n")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    return recording.origin_of(Path(__file__).name, arguments) | {"device": name}
 
 
 def run(
@@ -1010,7 +984,7 @@ def main(arguments: Sequence[str]) -> None:
     results = run([SIZES[name] for name in names], options.peers, rounds, device)
     folder = options.output or (None if options.quick else RESULTS)
     if folder is not None:
-        append(results, origin, folder)
+        recording.append(results, origin, folder / NAME)
 
 
 if __name__ == "__main__":

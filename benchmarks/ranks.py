@@ -23,14 +23,12 @@ prediction: the share of an update that the row takes on more ranks, by a model 
 """
 
 import argparse
-import json
 import logging
 import math
 import os
 import random
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -52,6 +50,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
+if sys.path[0] == str(Path(__file__).resolve().parent):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a script
+
+from benchmarks import recording
 from noiseopt import NoiseAwareAdamW, NoiseConfig
 from noiseopt.adaptation import Adaptation
 from noiseopt.agreement import Agreement
@@ -70,6 +72,8 @@ LR = 1e-4
 NEVER = 10**9
 MIN_ROUNDS = 5
 RESAMPLES = 2000
+NAME = "ranks.json"
+DEVICE = f"CPU, {os.cpu_count()} cores, 1 thread for each rank, gloo"
 RESULTS = Path(__file__).parent / "results"
 REFERENCE, CONTROL = "plain", "plain, again"
 OURS, NOT_SENT = "ours", "ours, row not sent"
@@ -830,42 +834,9 @@ def print_results(results: Sequence[Result], common: Sequence[str]) -> None:
     print(flush=True)
 
 
-def origin_of(
-    arguments: Sequence[str], script: str = "ranks.py", code: Sequence[str] = ("noiseopt",)
-) -> dict[str, str]:
-    """The command, the commit (marked where this code was changed since) and the versions."""
-    here = Path(__file__).resolve().parent
-
-    def git(*words: str) -> str:
-        try:
-            done = subprocess.run(
-                ("git", *words), cwd=here, capture_output=True, text=True, check=True
-            )
-        except (OSError, subprocess.CalledProcessError):
-            return "unknown"
-        return done.stdout.strip()
-
-    measured = (str(here / script), *(str(here.parent / folder) for folder in code))
-    changed = "+changes" if git("status", "--porcelain", "--", *measured) else ""
-    python = ".".join(map(str, sys.version_info[:3]))
-    return {
-        "command": " ".join((f"python benchmarks/{script}", *arguments)),
-        "commit": git("rev-parse", "--short", "HEAD") + changed,
-        "device": f"CPU, {os.cpu_count()} cores, 1 thread for each rank, gloo",
-        "versions": f"python {python}, torch {torch.__version__}",
-    }
-
-
-def append(
-    results: Sequence[Result], origin: dict[str, str], folder: Path, name: str = "ranks.json"
-) -> None:
-    """Add the records to a file, one to a line."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / name
-    records = json.loads(path.read_text()) if path.exists() else []
-    records += [asdict(result) | origin for result in results]
-    lines = ",\n".join(json.dumps(record, allow_nan=False) for record in records)
-    path.write_text(f"[\n{lines}\n]\n")
+def origin_of(arguments: Sequence[str]) -> dict[str, str]:
+    origin = recording.origin_of(Path(__file__).name, arguments)
+    return origin | {"device": DEVICE}
 
 
 # --- the parts ----------------------------------------------------------------------------------
@@ -1000,7 +971,7 @@ def main(arguments: Sequence[str]) -> None:
     origin = origin_of(arguments)  # before others can commit what is not measured here
     for results in run(plan, options.parts):
         if folder is not None:
-            append(results, origin, folder)
+            recording.append(results, origin, folder / NAME)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,10 @@
 
 import fcntl
 import multiprocessing
-import subprocess
 import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -16,6 +14,7 @@ from benchmarks.convergence.cache import Cache, Run, write_records
 from benchmarks.convergence.plan import Item, Plan
 from benchmarks.convergence.train import train
 from benchmarks.convergence.workloads import MAIN
+from benchmarks.recording import commit
 
 WAIT = 5.0  # seconds until another process may have finished what this one needs
 
@@ -88,7 +87,7 @@ def do(run: Run, cache: Cache, device: str, failed: set[str]) -> None:
         traceback.print_exc()
         failed.add(run.file)
         return
-    cache.put(run, results | {"commit": commit()}, details)
+    cache.put(run, results | {"commit": commit("noiseopt", "benchmarks/convergence")}, details)
     loss, updates, seconds = (results[key] for key in ("val_loss", "updates", "wall_seconds"))
     shown = "diverged" if loss is None else f"{loss:.4f}"
     lr, beta2 = run.config["lr"], run.config["beta2"]
@@ -132,22 +131,3 @@ def running(cache: Cache) -> list[str]:
             except BlockingIOError:
                 found.append(f"{path.parent.name}/{path.name.removesuffix('.json.lock')}")
     return found
-
-
-@lru_cache(1)
-def commit() -> str:
-    """The commit that runs, marked if code was changed since."""
-    here = Path(__file__).resolve().parents[2]
-
-    def git(*words: str) -> str:
-        try:
-            done = subprocess.run(
-                ("git", *words), cwd=here, capture_output=True, text=True, check=True
-            )
-        except (OSError, subprocess.CalledProcessError):
-            return "unknown"
-        return done.stdout.strip()
-
-    code = ("noiseopt", "benchmarks/convergence")
-    changed = "+changes" if git("status", "--porcelain", "--", *code) else ""
-    return git("rev-parse", "--short", "HEAD") + changed

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import deepspeed as bench
-from benchmarks import ranks
+from benchmarks import ranks, recording
 
 TINY = replace(bench.SIZES["tiny"], steps={ranks.WINDOW: 2})
 PLAN = bench.Plan((TINY,), together=True)
@@ -48,7 +48,7 @@ def test_ratios_are_those_of_the_times(results):
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_records_are_added_to_a_file_of_their_own(results, tmp_path):
-    ranks.append(results[:2], bench.origin_of(["--quick"]), tmp_path, bench.NAME)
+    recording.append(results[:2], bench.origin_of(["--quick"]), tmp_path / bench.NAME)
     records = json.loads((tmp_path / "deepspeed.json").read_text())
     assert [record["arm"] for record in records] == ["plain", "plain, again"]
     for record in records:

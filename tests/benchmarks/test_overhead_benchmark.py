@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from benchmarks import overhead as bench
+from benchmarks import recording
 
 TINY = bench.SIZES["tiny"]
 CPU = torch.device("cpu")
@@ -138,8 +139,8 @@ def test_tables_name_every_arm(results, timings, capsys):
 
 def test_records_are_appended(results, tmp_path):
     origin = bench.origin_of(["--quick"], CPU)
-    bench.append(results[:2], origin, tmp_path)
-    bench.append(results[-1:], origin, tmp_path)
+    recording.append(results[:2], origin, tmp_path / bench.NAME)
+    recording.append(results[-1:], origin, tmp_path / bench.NAME)
     records = json.loads((tmp_path / "overhead.json").read_text())
     assert [record["part"] for record in records] == ["update", "update", "waits"]
     for record in records:

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 
 from benchmarks import ranks as bench
+from benchmarks import recording
 
 TINY = bench.SIZES["tiny"]
 PLAN = bench.Plan((TINY,), ranks=(2,), steps=2, rounds=1, together=True)
@@ -178,8 +179,8 @@ def test_sizes_are_what_their_names_say():
 
 def test_records_are_appended(results, tmp_path):
     origin = bench.origin_of(["--quick"])
-    bench.append(results[:2], origin, tmp_path)
-    bench.append(results[-1:], origin, tmp_path)
+    recording.append(results[:2], origin, tmp_path / bench.NAME)
+    recording.append(results[-1:], origin, tmp_path / bench.NAME)
     records = json.loads((tmp_path / "ranks.json").read_text())
     assert [record["part"] for record in records] == ["cost", "cost", "prediction"]
     for record in records:
