@@ -56,10 +56,12 @@ class Adaptation:
         rule: the name of the learning-rate rule.
         groups: the names of the parameter groups that are measured.
         steps: the length of the open window, in micro-batches on each rank.
+        measures: whether it is measured where that costs something.
         max_norm: the norm at which its gradient is clipped; infinite for never.
     """
 
     steps: int
+    measures: bool
     max_norm: float
 
     def __init__(
@@ -335,6 +337,7 @@ class Adaptation:
     def _open_window(self) -> None:
         """Fix what the next window uses, so that nothing changes inside it."""
         self.steps = self._controller.window_steps(self._num_windows)
+        self.measures = self._controller.measures(self._num_windows)
         self.max_norm = self._controller.state.max_norm if self.acts else math.inf
 
     # ------------------------------------------------------------------ state and words

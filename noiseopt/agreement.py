@@ -6,6 +6,7 @@ see the same data or draw the same random numbers, which they should not.
 """
 
 import logging
+import math
 import zlib
 from collections.abc import Callable, Mapping
 
@@ -130,7 +131,8 @@ class Agreement:
                 )
             if state > SAME:
                 self._stop_for_state(together)
-            self._watch_data(local < SAME and sums[0] > 0)
+            if not math.isnan(sums[0]):  # as in a window that is not measured
+                self._watch_data(local < SAME and sums[0] > 0)
             self._watch_randomness(drawn < SAME and sums[3] > 0)
 
     def _stop_for_state(self, together: bool) -> None:

@@ -79,7 +79,10 @@ class NoiseMonitor(NoiseReadings):
         names = group_names(optimizer.param_groups)
         self._adaptation: Adaptation = Adaptation(self.config, rate_rule, names, ranks)
         self._capture = BackwardCapture(
-            groups, lambda: self.accumulation_steps, ranks.share if ranks.sharded else None
+            groups,
+            lambda: self.accumulation_steps,
+            ranks.share if ranks.sharded else None,
+            lambda: self._adaptation.measures,
         )
         self._micro_batches = 0
         # The rates are read before the step, where no scheduler has scaled them; the window is

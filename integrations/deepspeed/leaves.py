@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from noiseopt.capture.norms import begun_norm, joined_norm
+from noiseopt.capture.norms import begun_norm, joined_norm, unknown_norms
 
 
 class LeafNorms:
@@ -31,7 +31,7 @@ class LeafNorms:
     def __init__(self, groups: Sequence[Sequence[Tensor]], device: torch.device) -> None:
         self._device = device
         self._num_groups = len(groups)
-        self._reads = False
+        self._inside = self._reads = False
         self._arrived: dict[Tensor, tuple[int, Tensor]] = {}
         self.norms: list[Tensor] = []
         self.factors: list[Tensor] = []
@@ -45,19 +45,26 @@ class LeafNorms:
         return len(self.norms)
 
     @contextmanager
-    def reading(self, loss: Any) -> Iterator[None]:
-        """Read what the backward of this loss brings."""
+    def reading(self, loss: Any, measured: bool = True) -> Iterator[None]:
+        """Read what the backward of this loss brings.
+
+        Args:
+            loss: the loss.
+            measured: whether the norm is wanted; if not, it is nan.
+        """
         factors: list[Tensor] = []
         handle = loss.register_hook(lambda grad: factors.append(grad.detach()))
         self._watch_unfrozen()
         self._arrived.clear()
-        self._reads = True
+        self._inside, self._reads = True, measured
         try:
             yield
         finally:
             handle.remove()
-            self._reads = False
-        norms = torch.stack([self._joined(index) for index in range(self._num_groups)])
+            self._inside = self._reads = False
+        norms = unknown_norms(self._num_groups, self._device)
+        if measured:
+            norms = torch.stack([self._joined(index) for index in range(self._num_groups)])
         self.norms.append(norms)
         self.factors.append(factors[0].to(norms.device, norms.dtype, non_blocking=True))
         self._arrived.clear()
@@ -87,7 +94,7 @@ class LeafNorms:
     def _reader(self, param: Tensor, group: int) -> Callable[[Tensor], None]:
         def read(grad: Tensor) -> None:
             if not self._reads:
-                self.strays = True
+                self.strays |= not self._inside
                 return
             # In two parts it comes where a parameter is used inside and outside of a reentrant
             # checkpoint.

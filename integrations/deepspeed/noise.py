@@ -117,7 +117,7 @@ class EngineNoise(NoiseReadings):
             loss: the loss.
             divided: whether the loop has divided it by the window's length.
         """
-        with self._leaves.reading(loss):
+        with self._leaves.reading(loss, self._adaptation.measures):
             yield
         parts = self._engine.gradient_accumulation_steps() if divided else 1
         self._adaptation.report_loss(loss.detach() * parts)
@@ -253,7 +253,7 @@ class EngineNoise(NoiseReadings):
         small = torch.stack(leaves.norms) / scale_sq[:, None]
         big = mean / share_sq if self._loop.shows_each(steps) else mean * torch.nan
         samples = weights.new_tensor(self._adaptation.window_samples(steps))
-        used = weights * small.sum(1).isfinite()
+        used = weights * small.sum(1).isfinite() if self._adaptation.measures else weights
         return Measured(small, big, samples, used, None)
 
     # ------------------------------------------------------------------ ranks and words

@@ -23,6 +23,7 @@ class BackwardCapture:
         groups: the parameters of each group. Frozen ones are passed over.
         window_steps: tells how many backward passes the current window is to have.
         share: how this rank's part of a gradient counts in the sum over ranks, if it is a part.
+        reads: tells whether the open window is measured.
 
     Attributes:
         passes: the hooks. A backward pass is one micro-batch.
@@ -33,13 +34,15 @@ class BackwardCapture:
         groups: Sequence[Sequence[Tensor]],
         window_steps: Callable[[], int],
         share: Share | None = None,
+        reads: Callable[[], bool] = lambda: True,
     ) -> None:
+        self._reads = reads
         self._window_steps = window_steps
         self._share = share
         self._device = device_of(groups)
         self._groups = [list(params) for params in groups]
         self._mean: Tensor | None = None
-        self.passes = BackwardPasses(groups, self._read_mean, keep_nonfinite=True)
+        self.passes = BackwardPasses(groups, self._read_mean, reads, keep_nonfinite=True)
 
     def __len__(self) -> int:
         """How many backward passes the open window has had."""
@@ -99,7 +102,7 @@ class BackwardCapture:
         weights = counts / counts.sum()
         scale_sq = torch.as_tensor(loss_scale).to(parts.device, parts.dtype).square()
         small = parts / weights.square()[:, None] / scale_sq
-        used = weights * small.sum(1).isfinite()
+        used = weights * small.sum(1).isfinite() if self._reads() else weights
         return Measured(small, big / scale_sq, counts, used, None)
 
     def _check(self, groups: Sequence[Sequence[Tensor]]) -> None:

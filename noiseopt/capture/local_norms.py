@@ -6,7 +6,7 @@ again at the step, shows the factor.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,16 +24,20 @@ class LocalNorms:
 
     Args:
         groups: the parameters of each group. Frozen ones are passed over.
+        reads: tells whether the open window is measured.
 
     Attributes:
         passes: the hooks.
     """
 
-    def __init__(self, groups: Sequence[Sequence[Tensor]]) -> None:
+    def __init__(
+        self, groups: Sequence[Sequence[Tensor]], reads: Callable[[], bool] = lambda: True
+    ) -> None:
+        self._reads = reads
         self._device = device_of(groups)
         self._with_grad: list[Tensor] = []
         self._before: Tensor | None = None
-        self.passes = BackwardPasses(groups, self._sample)
+        self.passes = BackwardPasses(groups, self._sample, reads)
 
     def __len__(self) -> int:
         """How many backward passes were read."""
@@ -41,7 +45,10 @@ class LocalNorms:
 
     @property
     def has_gradient(self) -> bool:
-        """Whether the last backward has left something in `p.grad`. This waits for the device."""
+        """Whether the last backward has left something in `p.grad`, if the window is measured.
+
+        This waits for the device.
+        """
         return self._before is not None and bool(self._before > 0)
 
     def add_group(self, params: Sequence[Tensor]) -> None:
@@ -52,7 +59,8 @@ class LocalNorms:
         """|g|^2 of each backward pass since the last call, as a part of the mean in `p.grad`.
 
         Where there were more passes than micro-batches, some gradient is their sum, whose norm
-        theirs do not tell: then it is nan. So it is where a gradient passed unread.
+        theirs do not tell: then it is nan. So it is where a gradient passed unread, and in windows
+        that are not measured.
 
         Args:
             groups: the parameters of each group.
@@ -105,7 +113,8 @@ class LocalNorms:
 
     def _sample(self) -> None:
         self._with_grad = [param for param in self.passes.watched if param.grad is not None]
-        self._before = self._sum_of_squares() if self._with_grad else None
+        reads = self._with_grad and self._reads()
+        self._before = self._sum_of_squares() if reads else None
 
     def _sum_of_squares(self) -> Tensor:
         # An odd stride, so that of tensors in pairs it takes both kinds.

@@ -1,5 +1,6 @@
 """Squared norms of lists of gradients: squares in fp32 or better, sums in fp64, on the device."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -53,6 +54,11 @@ def joined_norm(begun: Sequence[Tensor], device: torch.device) -> Tensor:
         squares = stacked if source.type == "cpu" else stacked.square()
         total += squares.sum().to(device, total.dtype, non_blocking=True)
     return total
+
+
+def unknown_norms(number: int, device: torch.device) -> Tensor:
+    """What stands for norms that were not read: nan for each group."""
+    return torch.full((number,), math.nan, dtype=sum_dtype(device), device=device)
 
 
 def device_of(groups: Sequence[Sequence[Tensor]]) -> torch.device:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.function import BackwardCFunction
 
-from noiseopt.capture.norms import begun_norm, device_of, joined_norm
+from noiseopt.capture.norms import begun_norm, device_of, joined_norm, unknown_norms
 from noiseopt.capture.sharding import Slot, is_sharded, settled, share_among, unsharded_leaves
 
 
@@ -25,6 +25,7 @@ class BackwardPasses:
     Args:
         groups: the parameters of each group. Frozen ones are passed over.
         ended: called at the end of each pass.
+        reads: tells whether the norms of the open window are wanted; if not, they are nan.
         keep_nonfinite: whether passes that are not finite are kept though their gradients are
             thrown away, as by a GradScaler that skips the step. To know, it waits for the device.
 
@@ -45,10 +46,12 @@ class BackwardPasses:
         self,
         groups: Sequence[Sequence[Tensor]],
         ended: Callable[[], None],
+        reads: Callable[[], bool],
         keep_nonfinite: bool = False,
     ) -> None:
         self._keep_nonfinite = keep_nonfinite
         self._ended = ended
+        self._reads = reads
         self._num_groups = len(groups)
         self._device = device_of(groups)
         self._handles: list[Any] = []
@@ -121,8 +124,9 @@ class BackwardPasses:
         def before(grad: Tensor) -> None:
             if self.paused:
                 return
-            self._passing[leaf] = begun_norm(settled(grad))
             self._starts_anew = leaf is param and param.grad is None
+            if self._reads():
+                self._passing[leaf] = begun_norm(settled(grad))
 
         def after(accumulated: Tensor) -> None:
             if not self.paused:
@@ -140,7 +144,8 @@ class BackwardPasses:
             Variable._execution_engine.queue_callback(self._close)
             if self._starts_anew:
                 self._forget_thrown_away(param)
-        self._current[self.watched[param]].append((leaf, self._passing.pop(leaf)))
+        if self._reads():
+            self._current[self.watched[param]].append((leaf, self._passing.pop(leaf)))
         if leaf is param:
             self._brought.add(param)
 
@@ -158,7 +163,10 @@ class BackwardPasses:
         Variable._execution_engine.queue_callback(self._end)
 
     def _end(self) -> None:
-        self.norms.append(torch.stack([self._joined(norms) for norms in self._current]))
+        if self._reads():
+            self.norms.append(torch.stack([self._joined(norms) for norms in self._current]))
+        else:
+            self.norms.append(unknown_norms(self._num_groups, self._device))
         self._current = []
         self._ended()
 

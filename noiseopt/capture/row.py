@@ -26,7 +26,8 @@ class Measured:
     """A window's gradients, as far as they are kept. All tensors are on one device.
 
     Attributes:
-        small_norms: |g_i|^2, shape (K, groups), those of skipped micro-batches included.
+        small_norms: |g_i|^2, shape (K, groups), those of skipped micro-batches included; nan where
+            they are not known.
         big_norms: |sum w_i g_i|^2, the w_i divided by their sum; shape (groups,).
         samples: n_i, shape (K,).
         weights: w_i up to a common factor, shape (K,); 0 for skipped micro-batches.
@@ -121,7 +122,7 @@ def _read(row: list[float], ranks: int) -> Window:
         skipped = steps  # without an update nothing was used
     elif count > 0:
         norms = WindowNorms(
-            small_sq=tuple(value / weight for value in small),
+            small_sq=() if any(map(math.isnan, small)) else tuple(v / weight for v in small),
             big_sq=tuple(big),
             small_batch=weight / inverse_small,
             big_batch=weight * weight / inverse_big,

@@ -44,6 +44,9 @@ class NoiseConfig:
         probe_interval: where windows have one gradient and show no noise, every so many updates
             use a window of two; after 512 such probes, one in every 512th part of the run. 0 never
             probes: the noise stays unknown.
+        measure_interval: where gradients are read as the backward brings them (across ranks, by
+            DeepSpeed, with external accumulation), windows from one that is read to the next; a
+            run's first 64 all are. The others still tell the norm of their mean.
         min_count: measured windows that an estimate must rest on to be acted upon.
         grow_when_stable: grow while the learning rate is flat and the noise allows it.
         noise_margin: when stable, the batch stays below this share of the scale's lower bound.
@@ -87,6 +90,7 @@ class NoiseConfig:
     confidence: float = 0.95
     decision_interval: int = 10
     probe_interval: int = 16
+    measure_interval: int = 4
     min_count: float = 20.0
     grow_when_stable: bool = True
     noise_margin: float = 0.5
@@ -183,6 +187,7 @@ _AT_LEAST_ONE = (
     "half_life_windows",
     "winsorise",
     "decision_interval",
+    "measure_interval",
     "min_count",
     "dwell_updates",
     "max_lr_factor",

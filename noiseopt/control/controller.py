@@ -17,6 +17,7 @@ from noiseopt.estimate import NoiseEstimate
 
 CAUTION_AFTER_REVERT = 0.5
 PROBES_PER_RUN = 512  # after so many, probes become rarer as the run grows longer
+MEASURED_AT_FIRST = 64  # windows; mistakes in a loop show there
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,12 @@ class Controller:
             return steps
         interval = max(interval, num_windows // PROBES_PER_RUN)
         return 2 if (num_windows + 1) % interval == 0 else 1
+
+    def measures(self, num_windows: int) -> bool:
+        """Whether the window after so many others is measured where that costs something."""
+        due = num_windows % self.config.measure_interval == 0
+        is_probe = self.window_steps(num_windows) != self.state.accumulation_steps
+        return due or is_probe or num_windows < MEASURED_AT_FIRST
 
     def rates(self, steps: int) -> Rates:
         """The factors on the hyper-parameters for a window of so many steps.

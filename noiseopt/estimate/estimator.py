@@ -107,12 +107,9 @@ class NoiseEstimator:
     groups: tuple[Average, ...] = ()
 
     def update(self, window: WindowNorms) -> "NoiseEstimator":
-        """Count a window's samples, and learn from it if it holds two gradients or more.
-
-        A window with a non-finite norm is counted but not learned from.
-        """
+        """Count a window's samples, and learn from it if it shows its noise."""
         seen = self.samples_seen + window.samples
-        if window.count < 2 or not window.finite:
+        if not window.shows_noise:
             return replace(self, samples_seen=seen)
         parts = window.noise()
         decay = self._decay(seen)

@@ -35,7 +35,7 @@ class WindowNorms:
     """Sufficient statistics of one window, with one squared norm for each parameter group.
 
     Attributes:
-        small_sq: sum of w_i |g_i|^2, for each parameter group.
+        small_sq: sum of w_i |g_i|^2, for each parameter group; empty where that is not known.
         big_sq: |sum w_i g_i|^2, for each parameter group.
         small_batch: 1 / sum(w_i / n_i), in samples.
         big_batch: 1 / sum(w_i^2 / n_i), in samples.
@@ -99,12 +99,19 @@ class WindowNorms:
         """Whether every norm is a finite number."""
         return all(map(math.isfinite, self.small_sq)) and all(map(math.isfinite, self.big_sq))
 
+    @property
+    def shows_noise(self) -> bool:
+        """Whether it holds two gradients or more, whose norms are known and finite."""
+        return self.count >= 2 and len(self.small_sq) > 0 and self.finite
+
     def noise(self) -> tuple[NoiseSample, ...]:
         """The unbiased noise sample of each parameter group; their sum is the whole model's.
 
         Raises:
-            ValueError: the window holds fewer than two gradients.
+            ValueError: the window holds fewer than two gradients, or their norms are not known.
         """
+        if not self.small_sq:
+            raise ValueError("the norms of the window's gradients were not read")
         if self.count < 2:
             raise ValueError(
                 f"a window of {self.count} gradient has no spread to measure: it takes two or more"

@@ -86,10 +86,13 @@ class GradientCollector:
         self._unstepped = False  # whether a micro-batch of accumulate() awaits its step()
         self.waits = False  # whether FSDP2 keeps the gradient of the micro-batch that comes
         self.loss_scale: float | Tensor = 1.0
+        told = weakref.proxy(adaptation)  # the hooks, which the parameters hold, keep nothing alive
         if config.accumulation == "external":
-            self._capture = BackwardCapture(groups, lambda: adaptation.steps, self._share)
+            self._capture = BackwardCapture(
+                groups, lambda: told.steps, self._share, lambda: told.measures
+            )
         elif ranks.data > 1 and not self._always_own:
-            self._local = LocalNorms(groups)
+            self._local = LocalNorms(groups, lambda: told.measures)
         for hooks in (self._capture, self._local):
             if hooks is not None:
                 weakref.finalize(self, hooks.passes.detach)

@@ -10,7 +10,8 @@ from noiseopt.record.reading import Record
 # These say what is measured and when is decided, which a record has settled.
 SETTLED = {
     *("accumulation", "gradients", "loss_reduction", "skip_nonfinite"),
-    *("samples_per_micro_batch", "tokens_per_sample", "decision_interval", "probe_interval"),
+    *("samples_per_micro_batch", "tokens_per_sample"),
+    *("decision_interval", "probe_interval", "measure_interval"),
 }
 # What of a controller's state is decided, not measured.
 DECIDED = (

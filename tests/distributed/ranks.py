@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from noiseopt.control.controller import MEASURED_AT_FIRST
 from tests.optim.helpers import draw
 
 RANKS = 2
@@ -64,6 +65,19 @@ def part(batches, rank, ranks=RANKS):
 def windows_of(optimizer):
     """The statistics of every window that the kept decisions rest on."""
     return [window for decision in optimizer.decisions for window in decision.windows]
+
+
+def assert_rarely_measured(found, all_measured, every, rel):
+    """After a run's first windows every so manyth is measured; nothing else is different."""
+    assert len(found) == len(all_measured) > MEASURED_AT_FIRST + every
+    for index, (one, other) in enumerate(zip(found, all_measured, strict=True)):
+        due = index < MEASURED_AT_FIRST or index % every == 0
+        assert (len(one.norms.small_sq) > 0) == due
+        if due:
+            assert one.norms.small_sq == pytest.approx(other.norms.small_sq, rel=rel)
+        assert one.norms.big_sq == pytest.approx(other.norms.big_sq, rel=rel)
+        assert one.norms.samples == other.norms.samples
+        assert (one.applied, one.micro_batches) == (other.applied, other.micro_batches)
 
 
 def weights_of(model):

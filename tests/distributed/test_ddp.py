@@ -21,7 +21,15 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from noiseopt import NoiseAwareAdamW, NoiseConfig, NoiseMonitor
-from tests.distributed.ranks import RANKS, part, result, run_on_ranks, weights_of, windows_of
+from tests.distributed.ranks import (
+    RANKS,
+    assert_rarely_measured,
+    part,
+    result,
+    run_on_ranks,
+    weights_of,
+    windows_of,
+)
 from tests.optim.helpers import advise, build, draw, joined, loss_of, train
 
 STEPS, LR = 24, 1e-2
@@ -75,6 +83,7 @@ def alone(steps, dtype=torch.float64, model=build):
 
 
 ADAPTIVE = {
+    "measure_interval": 1,
     "decision_interval": 5,
     "min_count": 8.0,
     "dwell_updates": 10,
@@ -411,6 +420,15 @@ class LowRank(nn.Module):
         return x[:, :3]
 
 
+def rarely_measured(rank, every):
+    """Many windows, not all of which are measured."""
+    net = build()
+    noise = replace(measured(1), measure_interval=every)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=noise)
+    train(DistributedDataParallel(net), optimizer, part(draw(80 * RANKS), rank))
+    return seen(optimizer, net)
+
+
 def low_rank(rank):
     net = LowRank()
     optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
@@ -491,6 +509,8 @@ CASES = {
     "gone": an_optimizer_that_is_gone,
     "thawed": thawed,
     "low rank": low_rank,
+    "all measured": functools.partial(rarely_measured, every=1),
+    "some measured": functools.partial(rarely_measured, every=4),
     "copied": copied_in_a_group,
     "alone": a_group_of_one,
 }  # fmt: skip
@@ -527,6 +547,14 @@ def test_all_ranks_micro_batches_enter_one_estimate(ranks, way, steps):
     assert all(window.norms.count == RANKS * steps for window in first["windows"])
     assert_same_windows(first["windows"], expected["windows"], 1e-10)
     torch.testing.assert_close(first["weights"], expected["weights"], rtol=0, atol=1e-10)
+
+
+def test_not_every_window_need_be_measured(ranks):
+    first, second = result(ranks, "some measured")
+    assert_agreed(first, second)
+    everything, _ = result(ranks, "all measured")
+    assert_rarely_measured(first["windows"], everything["windows"], 4, 1e-12)
+    assert torch.equal(first["weights"], everything["weights"])
 
 
 @pytest.mark.parametrize(("name", "rel"), [("fp32", 1e-5), ("bf16", 1e-2)])
@@ -714,7 +742,7 @@ def test_ranks_whose_decisions_would_part_stop_and_say_what_differs(ranks):
 def test_parameters_that_are_unfrozen_later(ranks):
     first, second = result(ranks, "thawed")
     assert torch.equal(first["weights"], second["weights"])
-    known = [w.norms.finite for w in first["windows"]]
+    known = [w.norms.shows_noise for w in first["windows"]]
     assert known == [True] * 4 + [False] + [True] * 3
     net = build()
     net[0].requires_grad_(False)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.distributed import engines
 from tests.distributed.engines import batches_of, config_of, engine_of, merged, run
-from tests.distributed.ranks import RANKS, result, run_on_ranks
+from tests.distributed.ranks import RANKS, assert_rarely_measured, result, run_on_ranks
 from tests.optim.helpers import GROWING, build, loss_of
 
 pytestmark = pytest.mark.distributed
@@ -105,6 +105,14 @@ def measured_run(rank, model="wide", client=False, scale=None, plan=PLAN, **sett
         if scale:
             engine.optimizer.override_loss_scale(scale)
         return seen(engine, run(engine, batches_of(sum(LENGTHS), rank), plan))
+
+
+def rarely_measured(rank, every, stage):
+    """Many windows, not all of which are measured."""
+    engines.set_up(rank)
+    noise = engines.MEASURED | {"measure_interval": every, "grow_when_stable": False}
+    with engine_of(config_of(stage=stage, steps=FIRST, noise=noise)) as engine:
+        return seen(engine, run(engine, batches_of(FIRST * 72, rank)))
 
 
 class WithLoss(nn.Module):
@@ -263,6 +271,11 @@ OWN_LOSS = {
 }
 CASES |= {f"stage {s} overflow": functools.partial(overflow_run, stage=s) for s in (1, 2, 3)}
 CASES |= {f"own loss, {n}": functools.partial(own_loss_run, **s) for n, s in OWN_LOSS.items()}
+CASES |= {
+    f"stage {stage}, every {every}": functools.partial(rarely_measured, every=every, stage=stage)
+    for stage in STAGES
+    for every in (1, 4)
+}
 CASES |= {"zero.Init": zero_init_run, "ddp": ddp_run}
 
 
@@ -380,6 +393,15 @@ def test_what_is_not_finite_is_skipped_on_every_rank(ranks, name):
     assert one["weights"].isfinite().all()
     bad = one["windows"][NAN_AT // 2]
     assert (bad.norms, bad.skipped, bad.applied) == (None, 2, False)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_not_every_window_need_be_measured(ranks, stage):
+    one, other = result(ranks, f"stage {stage}, every 4")
+    assert_same(one, other)
+    everything, _ = result(ranks, f"stage {stage}, every 1")
+    assert_rarely_measured(one["windows"], everything["windows"], 4, 1e-6)
+    assert torch.equal(one["weights"], everything["weights"])
 
 
 @pytest.mark.parametrize("stage", STAGES)

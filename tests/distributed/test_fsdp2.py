@@ -17,7 +17,14 @@ from torch.distributed.tensor.parallel import (
 )
 
 from noiseopt import NoiseAwareAdamW, NoiseAwareSGD, NoiseConfig, NoiseMonitor
-from tests.distributed.ranks import RANKS, part, result, run_on_ranks, weights_of
+from tests.distributed.ranks import (
+    RANKS,
+    assert_rarely_measured,
+    part,
+    result,
+    run_on_ranks,
+    weights_of,
+)
 from tests.distributed.test_ddp import (
     LR,
     STEPS,
@@ -59,6 +66,15 @@ def adaptive_run(rank, accumulates):
     net = shard(build())
     optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=adaptive_config(1))
     loop(optimizer, net, part(draw(240 * RANKS), rank), accumulates=accumulates)
+    return seen(optimizer, net)
+
+
+def rarely_measured(rank, every):
+    """Many windows, not all of which are measured."""
+    net = shard(build())
+    noise = replace(measured(2), measure_interval=every)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=noise)
+    loop(optimizer, net, part(draw(2 * 80 * RANKS), rank), accumulates=True)
     return seen(optimizer, net)
 
 
@@ -257,6 +273,8 @@ CASES = {
     ),
     "adaptive False": functools.partial(adaptive_run, accumulates=False),
     "adaptive True": functools.partial(adaptive_run, accumulates=True),
+    "all measured": functools.partial(rarely_measured, every=1),
+    "some measured": functools.partial(rarely_measured, every=4),
     "groups": two_groups,
     "clipped": clipped,
     "clipping": clipping,
@@ -323,6 +341,14 @@ def test_an_adaptive_run_ends_where_one_process_on_the_same_samples_does(ranks, 
     assert max(d.accumulation_steps for d in first["decisions"]) > 1
     assert [d.batch for d in first["decisions"]] == [d.batch for d in optimizer.decisions]
     torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-9)
+
+
+def test_not_every_window_need_be_measured(ranks):
+    first, second = result(ranks, "some measured")
+    assert_agreed(first, second)
+    everything, _ = result(ranks, "all measured")
+    assert_rarely_measured(first["windows"], everything["windows"], 4, 1e-12)
+    assert torch.equal(first["weights"], everything["weights"])
 
 
 def test_groups_are_measured_apart(ranks):

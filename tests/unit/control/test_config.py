@@ -13,6 +13,7 @@ INTEGERS = {
     "max_accumulation_steps": 1,
     "decision_interval": 1,
     "probe_interval": 0,
+    "measure_interval": 1,
     "dwell_updates": 1,
     "max_reverts": 1,
 }  # with the least allowed value
