@@ -28,6 +28,7 @@ import deepspeed
 
 from benchmarks import ranks, recording
 from benchmarks.ranks import CONTROL, FULL, OURS, REFERENCE, RESULTS, SIZES, Cost, Size, Times
+from benchmarks.steady import past_first_windows
 from noiseopt.demo.gpt import GPT, VOCABULARY
 from noiseopt.integrations.deepspeed import initialize
 
@@ -56,6 +57,8 @@ class Arm:
             model_parameters=model.parameters(),
             config=config(stage, size, window) | (section(size, window) if ours else {}),
         )[0]
+        if ours:
+            past_first_windows(self.engine.noise_aware._adaptation)
         generator = torch.Generator().manual_seed(1 + dist.get_rank())
         shape = (16, size.batch, size.shape.context + 1)
         self.data = torch.randint(VOCABULARY, shape, generator=generator)
