@@ -6,21 +6,21 @@ plain numbers. Optimizer and monitor share it.
 
 import logging
 import math
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from noiseopt.agreement import Agreement
-from noiseopt.capture import APPLIED, Measured, big_columns, device_of, read_rows, squared_norms
+from noiseopt.agreement import Agreement, starting_facts
+from noiseopt.capture import APPLIED, Measured, big_columns, read_rows
 from noiseopt.control import (
     RATE_RULES,
     Controller,
+    ControllerState,
     Decision,
     NoiseConfig,
     Rates,
@@ -28,11 +28,10 @@ from noiseopt.control import (
     Window,
     from_numbers,
     to_numbers,
-    unknown,
 )
-from noiseopt.distributed import Ranks, ddp_around, digest, refuse_join
+from noiseopt.distributed import Ranks, ddp_around, refuse_join
 from noiseopt.observers import Observer, tell
-from noiseopt.samples import SampleCounts
+from noiseopt.told import Losses, SampleCounts
 
 STATE_VERSION = 2
 KEPT_DECISIONS = 256
@@ -89,7 +88,7 @@ class Adaptation:
         self._controller = controller
         self._rows: list[Tensor] = []
         self._samples = SampleCounts(self.config, controller.state.counts_samples)
-        self._losses: list[Tensor] = []
+        self._losses = Losses()
         self.decisions.clear()
         self.join(self.ranks)
         self._begin()
@@ -107,6 +106,11 @@ class Adaptation:
 
     def _now(self) -> Start:
         return Start(self.config, self.rule, self.groups, self._decided_state)
+
+    @property
+    def state(self) -> ControllerState:
+        """The controller's state, as far as rows were read."""
+        return self._controller.state
 
     @property
     def num_groups(self) -> int:
@@ -155,16 +159,7 @@ class Adaptation:
                 f"the optimizer was built for {self.ranks.all} rank(s) and now there are others: "
                 "call torch.distributed.init_process_group() and fully_shard() before building it"
             )
-        device = device_of(groups)
-        shapes = [[(tuple(p.shape), p.dtype) for p in params] for params in groups]
-        facts: dict[str, object] = {
-            "number of parameters": [len(params) for params in groups],
-            "digest of the parameters' shapes and types": digest(shapes),
-        }
-        if self.ranks.all > 1 and not self.ranks.sharded:
-            norm = squared_norms([[p.detach() for params in groups for p in params]], device)
-            facts["squared norm of the parameters"] = norm.item()
-        self.compare(facts)
+        self.compare(starting_facts(groups, self.ranks))
         if self.ranks.all > 1:
             self.ddp_around(groups)
 
@@ -209,12 +204,7 @@ class Adaptation:
 
     def report_loss(self, loss: float | Tensor) -> None:
         """Give the mean loss of the micro-batch; a tensor is not read before the next decision."""
-        if isinstance(loss, Tensor):
-            if loss.numel() != 1:
-                raise ValueError(f"the loss has shape {tuple(loss.shape)}: report one number")
-            self._losses.append(loss.detach().reshape(()))
-        else:
-            self._losses.append(torch.tensor(float(loss)))
+        self._losses.tell(loss)
 
     @property
     def tells_samples(self) -> bool:
@@ -258,8 +248,7 @@ class Adaptation:
         Raises:
             RuntimeError: ranks do not go together; see `Agreement`.
         """
-        row = measured.row(self._losses)
-        self._losses = []
+        row = measured.row(self._losses.take())
         if self.ranks.all > 1:
             for module in self._ddp or ():
                 refuse_join(module)
@@ -340,7 +329,7 @@ class Adaptation:
         self.measures = self._controller.measures(self._num_windows)
         self.max_norm = self._controller.state.max_norm if self.acts else math.inf
 
-    # ------------------------------------------------------------------ state and words
+    # ------------------------------------------------------------------ state
 
     def to_numbers(self, dropped: int = 0) -> dict[str, Number]:
         """The whole state as plain numbers under fixed keys. This waits for the device.
@@ -379,39 +368,3 @@ class Adaptation:
         self._controller = self._controller.with_groups(len(names) - self.num_groups)
         self.groups = tuple(names)
         self._begin()
-
-    def describe(self, num_params: int, num_groups: int) -> str:
-        """One line on what is measured and what is not known yet."""
-        config, ranks = self.config, self.ranks.data
-        line = (
-            f"noise {config.mode}: {num_params} parameters in {num_groups} groups, {ranks} "
-            f"{'rank' if ranks == 1 else 'ranks'}, window of {self.steps}"
-            f" ({config.accumulation} accumulation, at most {config.max_accumulation_steps})"
-        )
-        if self.decisions and self.decisions[-1].noise is not None:
-            noise = self.decisions[-1].noise
-            low, high = noise.scale_interval
-            return f"{line}, noise scale {noise.scale:.4g} [{low:.4g}, {high:.4g}] {noise.unit}"
-        return f"{line}; {unknown(config, self._controller.state)}"
-
-    @property
-    def can_measure(self) -> bool:
-        """Whether windows as they are, or probes, will show the noise."""
-        probes = self.acts and self.config.probe_interval > 0
-        return self.steps * self.ranks.data > 1 or (
-            probes and self.config.max_accumulation_steps > 1
-        )
-
-
-def group_names(param_groups: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """How an optimizer's parameter groups are called: by their "name", or by their number.
-
-    Example:
-        >>> group_names([{"name": "head"}, {}, {"name": "head"}])
-        ('head-0', '1', 'head-2')
-    """
-    names = [str(group.get("name", index)) for index, group in enumerate(param_groups)]
-    while len(set(names)) < len(names):
-        times = Counter(names)
-        names = [f"{n}-{index}" if times[n] > 1 else n for index, n in enumerate(names)]
-    return tuple(names)

@@ -8,12 +8,12 @@ see the same data or draw the same random numbers, which they should not.
 import logging
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from noiseopt.capture import ENDED
+from noiseopt.capture import ENDED, device_of, squared_norms
 from noiseopt.distributed import DIGESTS, Ranks, digest, spread
 
 TOLERANCE = 1e-12  # of the relative variance of the mean gradient's squared norm
@@ -158,6 +158,21 @@ class Agreement:
                 "augmentations are the same on each, and pass for signal; after the model is "
                 "built, seed each rank differently, as by torch.manual_seed(seed + rank)"
             )
+
+
+def starting_facts(groups: Sequence[Sequence[Tensor]], ranks: Ranks) -> dict[str, object]:
+    """What every rank's parameters must have in common at the start, by name."""
+    shapes = [[(tuple(p.shape), p.dtype) for p in params] for params in groups]
+    facts: dict[str, object] = {
+        "number of parameters": [len(params) for params in groups],
+        "digest of the parameters' shapes and types": digest(shapes),
+    }
+    if ranks.all > 1 and not ranks.sharded:
+        all_params = [[p.detach() for params in groups for p in params]]
+        facts["squared norm of the parameters"] = squared_norms(
+            all_params, device_of(groups)
+        ).item()
+    return facts
 
 
 def _random_state(device: torch.device) -> int:

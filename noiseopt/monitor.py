@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from noiseopt.adaptation import Adaptation, Number, group_names
+from noiseopt.adaptation import Adaptation, Number
 from noiseopt.capture import BackwardCapture, big_columns, end_row
-from noiseopt.control import RATE_RULES, NoiseConfig, Rates
+from noiseopt.control import RATE_RULES, NoiseConfig, Rates, group_names
 from noiseopt.distributed import Ranks
 from noiseopt.optim import NoiseAware
 from noiseopt.readings import NoiseReadings

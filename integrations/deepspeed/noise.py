@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from noiseopt.adaptation import Adaptation, Number, group_names
+from noiseopt.adaptation import Adaptation, Number
 from noiseopt.capture import Measured, end_row, squared_norms
-from noiseopt.control import Decision, NoiseConfig, metrics
+from noiseopt.control import Decision, NoiseConfig, group_names, metrics
 from noiseopt.distributed import Ranks, digest
 from noiseopt.integrations.deepspeed.control import EngineControl
 from noiseopt.integrations.deepspeed.leaves import LeafNorms
@@ -18,6 +18,7 @@ from noiseopt.integrations.deepspeed.loop import LoopWatch
 from noiseopt.integrations.deepspeed.section import Settings
 from noiseopt.integrations.deepspeed.wrappers import PlainWrapper, wrapper_of
 from noiseopt.readings import NoiseReadings
+from noiseopt.words import describe
 
 logger = logging.getLogger("noiseopt")
 
@@ -265,7 +266,7 @@ class EngineNoise(NoiseReadings):
         self._adaptation.compare(facts)
         num_params = sum(map(len, self._groups))
         if self._engine.global_rank == 0:
-            logger.info("%s", self._adaptation.describe(num_params, len(self._groups)))
+            logger.info("%s", describe(self._adaptation, num_params))
             logger.info(
                 "noise: clipping at most at %s, which is the config's gradient_clipping (1.0 where "
                 "it says nothing)",

@@ -15,6 +15,7 @@ from noiseopt.control.rates import bias_correction as bias_correction
 from noiseopt.control.rates import scaled_beta2 as scaled_beta2
 from noiseopt.control.rates import sqrt_gain as sqrt_gain
 from noiseopt.control.start import Start as Start
+from noiseopt.control.start import group_names as group_names
 from noiseopt.control.state import ControllerState as ControllerState
 from noiseopt.control.state import from_numbers as from_numbers
 from noiseopt.control.state import to_numbers as to_numbers

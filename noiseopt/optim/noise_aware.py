@@ -7,7 +7,6 @@ lets the controller choose the next windows, the rates and the clipping threshol
 
 import inspect
 import logging
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -17,19 +16,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from noiseopt.adaptation import Adaptation, group_names
-from noiseopt.capture import device_of, end_row, local, scale_all
-from noiseopt.control import NoiseConfig
+from noiseopt.adaptation import Adaptation
+from noiseopt.capture import device_of, end_row, local
+from noiseopt.control import NoiseConfig, group_names
 from noiseopt.distributed import Ranks
 from noiseopt.optim.checks import check_group, check_step, prefer_fused
 from noiseopt.optim.collector import Ended, GradientCollector
-from noiseopt.optim.hyper import decouples_weight_decay, overridden, scaled_values
+from noiseopt.optim.hyper import decouples_weight_decay
 from noiseopt.optim.saving import SavesNoise
+from noiseopt.optim.update import AppliesMeans
+from noiseopt.words import can_measure
 
 logger = logging.getLogger("noiseopt")
 
 
-class NoiseAware(SavesNoise):
+class NoiseAware(AppliesMeans):
     """Measures the gradient noise of a torch optimizer and adapts batch, rates and clipping to it.
 
     Combine it with an optimizer class through `noise_aware`. Every argument of that class comes
@@ -232,66 +233,6 @@ class NoiseAware(SavesNoise):
         if self._adaptation.steps == 1:
             self._collector.clear(keep_memory=False)
 
-    def _apply(self, ended: Ended) -> tuple[Tensor | bool, Tensor | bool]:
-        """Clip, average and update in torch's kernel; return what of it was done."""
-        assert self._adaptation is not None
-        norm, factor = ended.norm, ended.scale
-        clipped: Tensor | bool = False
-        if self._adaptation.max_norm < math.inf:
-            coefficient = (self._adaptation.max_norm / norm).clamp(max=1.0)
-            clipped = coefficient < 1
-            factor = coefficient if factor is None else coefficient * factor
-        found_inf: Tensor | bool = False
-        if self.config.skip_nonfinite and self._adaptation.acts:
-            if self._device.type != "cpu" and self._all_fused:
-                found_inf = ~norm.isfinite()
-            # The kernels that are not fused cannot skip by themselves: this reads the norm.
-            elif not math.isfinite(norm.item()):
-                return False, False
-        self._update(ended.steps, factor, found_inf)
-        return (~found_inf if isinstance(found_inf, Tensor) else True), clipped
-
-    def _update(self, steps: int, factor: Tensor | None, found_inf: Tensor | bool) -> None:
-        assert self._adaptation is not None
-        rates = self._adaptation.rates(steps)
-        groups = self.param_groups
-        numbers = [dict(group["noise"]) for group in groups]
-        values = [
-            scaled_values(group, noise, rates, self.config.min_beta2, self._decoupled)
-            for group, noise in zip(groups, numbers, strict=True)
-        ]
-        if factor is not None and factor.device.type == "cpu" and factor == 1:
-            factor = None
-        with overridden(groups, values):
-            if factor is not None and not self._scales_in_kernel:
-                scale_all(self._all_grads(), factor)
-                factor = None
-            if factor is not None or isinstance(found_inf, Tensor):
-                self._torch_step_scaled(factor, found_inf)
-            else:
-                self._torch_step()
-        for group, noise in zip(groups, numbers, strict=True):
-            group["noise"] = noise
-
-    def _torch_step_scaled(self, factor: Tensor | None, found_inf: Tensor | bool) -> None:
-        """Have the fused kernel divide by `grad_scale` and skip by `found_inf` as it goes."""
-        if factor is None:
-            factor = torch.ones((), dtype=torch.float32, device=self._device)
-        self.grad_scale: Tensor | None = factor.reciprocal().float()
-        self.found_inf: Tensor | None = found_inf.float() if isinstance(found_inf, Tensor) else None
-        try:
-            self._torch_step()
-        finally:
-            self.grad_scale = self.found_inf = None
-
-    def _torch_step(self, closure: Callable[[], Any] | None = None) -> Any:
-        # torch wraps the `step` of every class of which an instance was built, to run the hooks:
-        # called through the wrapper they would run twice.
-        step = super().step.__func__  # type: ignore[attr-defined]
-        if getattr(step, "hooked", False):
-            step = step.__wrapped__
-        return step(self, closure)
-
     def _only_builds_state(self, params: list[Tensor]) -> bool:
         """Whether this is the zero step by which checkpointing makes an optimizer build its state.
 
@@ -318,24 +259,11 @@ class NoiseAware(SavesNoise):
     def _user_lr(self) -> float:
         return max(float(group["lr"]) for group in self.param_groups)
 
-    def _all_grads(self) -> list[Tensor]:
-        return [p.grad for group in self._all_params() for p in group if p.grad is not None]
-
-    @property
-    def _all_fused(self) -> bool:
-        return all(group.get("fused") for group in self.param_groups)
-
-    @property
-    def _scales_in_kernel(self) -> bool:
-        """Whether the fused kernels may scale the gradient: they take the scale in fp32 only."""
-        exact = any(grad.dtype == torch.float64 for grad in self._all_grads())
-        return self._all_fused and not exact
-
     def _start(self, adaptation: Adaptation) -> None:
         groups = self._all_params()
         adaptation.start(groups, self._process_group)
         self._logged = True
-        level = logging.INFO if adaptation.can_measure else logging.WARNING
+        level = logging.INFO if can_measure(adaptation) else logging.WARNING
         logger.log(level, "%s", self._describe(adaptation))
 
 

@@ -12,13 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from noiseopt.adaptation import Adaptation, group_names
-from noiseopt.control import NoiseConfig
+from noiseopt.adaptation import Adaptation
+from noiseopt.control import NoiseConfig, group_names
 from noiseopt.distributed import Ranks
 from noiseopt.optim.checks import check_group
 from noiseopt.optim.collector import GradientCollector
 from noiseopt.optim.hyper import UPDATES, start_numbers
 from noiseopt.readings import NoiseReadings
+from noiseopt.words import describe
 
 
 class SavesNoise(NoiseReadings, Optimizer):
@@ -136,8 +137,7 @@ class SavesNoise(NoiseReadings, Optimizer):
         return [group["params"] for group in self.param_groups]
 
     def _describe(self, adaptation: Adaptation) -> str:
-        num_params = sum(len(params) for params in self._all_params())
-        return adaptation.describe(num_params, len(self.param_groups))
+        return describe(adaptation, sum(map(len, self._all_params())))
 
     def __repr__(self) -> str:
         hidden = [group.pop("noise", None) for group in self.param_groups]

@@ -1,6 +1,9 @@
-"""How many samples each micro-batch holds, and what it weighs, as the loop says it."""
+"""What the loop tells of its micro-batches: their samples, their weights and their losses."""
 
 import math
+
+import torch
+from torch import Tensor
 
 from noiseopt.control import NoiseConfig
 
@@ -83,3 +86,28 @@ class SampleCounts:
                 "NoiseConfig.samples_per_micro_batch"
             )
         return [1.0] * micro_batches
+
+
+class Losses:
+    """Mean losses of the open window's micro-batches."""
+
+    def __init__(self) -> None:
+        self._told: list[Tensor] = []
+
+    def tell(self, loss: float | Tensor) -> None:
+        """Take the loss of a micro-batch. Nothing waits for it.
+
+        Raises:
+            ValueError: it is not a single number.
+        """
+        if not isinstance(loss, Tensor):
+            self._told.append(torch.tensor(float(loss)))
+        elif loss.numel() == 1:
+            self._told.append(loss.detach().reshape(()))
+        else:
+            raise ValueError(f"the loss has shape {tuple(loss.shape)}: report one number")
+
+    def take(self) -> list[Tensor]:
+        """All that were told, each 0-d; the next window begins with none."""
+        told, self._told = self._told, []
+        return told
