@@ -76,7 +76,7 @@ class Size:
         vocab: 256 for bytes; GPT-2's where its embedding is a large part of the model.
         context: tokens in a sequence.
         micro_batches: sequences in a micro-batch; one comparison of steps for each.
-        updates: in a round of the "update" part.
+        updates: in a round of the "update" part; 0 leaves that out.
         windows: of four micro-batches in a round of the "step" part; or pairs of a window of one
             and a probe.
         peers: the sizes of the micro-batch at which they are measured.
@@ -100,11 +100,13 @@ SIZES = {
     for size in (
         Size("tiny", 64, 1, context=8, micro_batches=(1,), updates=2, windows=1, seconds=1),
         Size("1M", 128, 5, windows=3, peers=(1, 4), seconds=8),
+        Size("1M, 1024 tokens", 128, 5, 256, 128, (8,), 0, peers=(), seconds=30),
+        Size("1M, 4096 tokens", 128, 5, 256, 128, (32,), 0, 1, (), seconds=60),
         Size("12M", 384, 7, updates=5, windows=1),
         Size("124M", 768, 12, 50257, 32, (1,), updates=1, windows=1, peers=()),
     )
 }
-FULL = ("1M", "12M", "124M")
+FULL = ("1M", "1M, 1024 tokens", "1M, 4096 tokens", "12M", "124M")
 
 
 class Block(nn.Module):
@@ -948,7 +950,7 @@ def run(
     deadline = time.perf_counter() + SECONDS
     for size in sizes:
         for comparisons in (
-            update_comparisons(size, device),
+            update_comparisons(size, device) if size.updates else (),
             step_comparisons(size, device, peers),
         ):
             for comparison in comparisons:

@@ -91,15 +91,21 @@ def test_a_users_rows_and_steps_are_those_of_a_run_without_us(tmp_path, offline)
     assert all("noise/samples" in row for row in found.rows)
 
 
-def test_what_is_logged_is_read_back(tmp_path, offline):
-    run = offline("run")
-    observer = observing(run)
-    made = list(decisions(30))
+def train_beside(run, observer, number=30):
+    """A run whose loop logs for itself after each decision."""
+    made = list(decisions(number))
     for decision in made:
         observer(decision)
         run.log({"loss": 1.0})
     observer.close()
     run.finish()
+    return made
+
+
+def test_what_is_logged_is_read_back(tmp_path, offline):
+    run = offline("run")
+    observer = observing(run)
+    made = train_beside(run, observer)
 
     written = Written(tmp_path / "run")
     for decision, row in zip(made, written.rows, strict=True):
@@ -169,12 +175,7 @@ def test_a_run_that_has_ended_is_warned_of_once(offline):
 def test_no_more_is_logged_than_the_cadence_allows(tmp_path, offline):
     run = offline("run")
     observer = observing(run, seconds=1000)
-    made = list(decisions(30))
-    for decision in made:
-        observer(decision)
-        run.log({"loss": 1.0})
-    observer.close()
-    run.finish()
+    made = train_beside(run, observer)
     written = Written(tmp_path / "run")
     assert [row.get("noise/samples") for row in written.rows] == [8, *[None] * 29]
     assert metrics(made[-1], START.groups).items() <= written.summary.items()
