@@ -1,4 +1,4 @@
-"""The command line: run, status, table."""
+"""The command line: run, status, table, fractions."""
 
 import json
 from collections import Counter, defaultdict
@@ -8,12 +8,15 @@ from typing import Annotated
 import typer
 
 from benchmarks.convergence import arms, plots
+from benchmarks.convergence.fractions import along
+from benchmarks.convergence.fractions import markdown as markdown_of_fractions
 from benchmarks.convergence.plan import REPORTING_SEEDS, TUNING_SEED, Plan
 from benchmarks.convergence.table import markdown
 from benchmarks.convergence.work import Job, collect, running, work_in
 from benchmarks.convergence.workloads import MAIN, SPLITS, WORKLOADS
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
+FRACTIONS = "The noise fraction of one micro-batch (of Seesaw's window) along its run, by norm"
 
 app = typer.Typer(help=__doc__, add_completion=False, no_args_is_help=True)
 Results = Annotated[Path, typer.Option(help="The folder of results.")]
@@ -80,6 +83,19 @@ def table(
     print(text)
     for name in sorted({r["workload"] for r in records if r["split"] == split}):
         plots.draw(records, name, split, results / f"convergence-{name}{suffix}.png")
+
+
+@app.command()
+def fractions(workload: Workloads = None, results: Results = RESULTS) -> None:
+    """Measure the noise along Seesaw runs, in the norms that could gate growth."""
+    cache, parts = Job(results).cache, [f"# {FRACTIONS}"]
+    for name in _checked(workload):
+        run = Plan(cache, (name,)).run(name, "seesaw", TUNING_SEED, "tuning")
+        if run is None:
+            raise typer.BadParameter(f"{name} is not tuned yet: do its runs first")
+        parts.append(markdown_of_fractions(name, list(along(run))))
+        print(parts[-1], flush=True)
+    (results / "convergence-fractions.md").write_text("\n\n".join(parts) + "\n")
 
 
 def _checked(workloads: list[str] | None, split: str = "tuning") -> tuple[str, ...]:
