@@ -76,6 +76,7 @@ def main(arguments: Sequence[str]) -> None:
     """Do what is left, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a smoke test of a few seconds")
+    parser.add_argument("--table", action="store_true", help="draw the table anew, and run nothing")
     parser.add_argument("--tuning", action="store_true", help="seed 101 of the tuning split")
     parser.add_argument("--task", choices=TASKS, action="append", help="some tasks only")
     parser.add_argument("--output", type=Path, help=f"folder for {NAME}.json and {NAME}.md")
@@ -85,6 +86,8 @@ def main(arguments: Sequence[str]) -> None:
     origin = origin_of(NAME, arguments, CODE)
     origin |= {"command": " ".join(("python -m benchmarks.clipping", *arguments))}
     runs = quick_runs() if options.quick else list(all_runs(options.task or tuple(TASKS)))
+    if options.table:
+        runs = []
     if options.tuning:
         runs = [replace(run, seed=101, split="tuning") for run in runs if run.seed == 1]
     records = work(runs, QUICK if options.quick else Plan(), origin, folder)
@@ -105,8 +108,9 @@ def work(
         records = [old for old in known if not vars(run).items() <= old.items()] + [record]
         if path:
             write_records(path, records)
-            write(path.with_suffix(".md"), markdown(records))
         print(*vars(run).values(), record["loss"], record["wall_seconds"], file=sys.stderr)
+    if path:
+        write(path.with_suffix(".md"), markdown(records))
     return records
 
 

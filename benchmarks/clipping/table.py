@@ -66,9 +66,10 @@ def row(runs: Runs, arm: str) -> str:
     def known(key: str) -> list[float]:
         return [record[key] for record in own if record[key] is not None]
 
+    caught = [] if own[0]["scenario"] == "nans" else known("caught")
     cells = (
         *(spread(known("false_clips"), ".2%"), spread(known("kept"), ".2f")),
-        *(spread(known("caught"), ".0%"), spread(known("spikes"), ".1f")),
+        *(spread(caught, ".0%"), spread(known("spikes"), ".1f")),
         f"{max(known('worst')):.2f}" if known("worst") else "-",
         f"{len(known('nonfinite_update'))} of {len(own)}",
         spread(known("loss"), ".4f"),

@@ -19,7 +19,7 @@ from benchmarks.clipping.tasks import TASKS, Task
 from benchmarks.clipping.train import OURS, Trace, train
 
 pytest.importorskip("sklearn")
-PLAN = Plan(((1, 140), (2, 20), (4, 20), (2, 20), (1, 40)))
+PLAN = Plan(((1, 40), (2, 20), (4, 10), (2, 10), (1, 40)))
 
 
 @pytest.fixture(autouse=True)
@@ -263,7 +263,7 @@ def test_ours_tells_what_it_clipped():
 
 
 def test_no_nan_reaches_our_weights_and_one_does_without_a_guard():
-    for arm, ends in (("noiseopt", None), ("fixed 1.0 + skip", None), ("fixed 1.0", 6)):
+    for arm, ends in (("noiseopt", None), ("fixed 1.0 + skip", None), ("fixed 1.0", 3)):
         trace, loss = train(LINE, arm, SCENARIOS["nans"], 0, "tuning", PLAN)
         assert trace.nonfinite == ends
         assert math.isnan(loss) == (ends is not None)
@@ -322,6 +322,15 @@ def test_differences_within_their_spread_are_not_told_apart():
     assert table.verdict([-0.1, -0.11, -0.09]).startswith("better")
 
 
+def test_what_is_caught_is_not_told_of_nans():
+    outliers, nans = (
+        {"noiseopt": [record("noiseopt", 1, 1.0, scenario=name) | {"caught": 0.5}]}
+        for name in ("outliers", "nans")
+    )
+    assert "| 50% |" in table.row(outliers, "noiseopt")
+    assert "50%" not in table.row(nans, "noiseopt")
+
+
 def test_where_the_fixed_norm_diverges_its_guarded_form_is_the_base():
     runs = {arm: [record(arm, 1, loss)] for arm, loss in (("fixed 1.0", None), ("noiseopt", 1.25))}
     runs["fixed 1.0 + skip"] = [record("fixed 1.0 + skip", 1, 1.0)]
@@ -348,11 +357,12 @@ def test_every_arm_runs_in_every_scenario_and_guarded_ones_with_nans():
 def test_the_smoke_run_writes_what_it_is_told_to_and_goes_on(tmp_path, monkeypatch, capsys):
     names = [("clean", "noiseopt"), ("nans", "noiseopt"), ("nans", "fixed 1.0")]
     quick = [run for run in bench.quick_runs() if (run.scenario, run.arm) in names]
-    monkeypatch.setattr(bench, "quick_runs", lambda: quick)
+    monkeypatch.setattr(bench, "quick_runs", lambda: quick[2:])
     monkeypatch.setattr(bench, "origin_of", lambda *_: {"commit": "1234567"})
     monkeypatch.setattr(bench, "RESULTS", tmp_path / "results")
     bench.main(["--quick"])
     assert not (tmp_path / "results").exists()
+    monkeypatch.setattr(bench, "quick_runs", lambda: quick)
     bench.main(["--quick", "--output", str(tmp_path)])
     records = json.loads((tmp_path / "clipping.json").read_text())
     assert [(r["scenario"], r["arm"]) for r in records] == names
@@ -360,6 +370,9 @@ def test_the_smoke_run_writes_what_it_is_told_to_and_goes_on(tmp_path, monkeypat
     assert all(r["commit"] == "1234567" and "python -m" in r["command"] for r in records)
     assert "## digits, nans" in (tmp_path / "clipping.md").read_text()
     monkeypatch.setattr(bench, "do", lambda *_: pytest.fail("was done already"))
+    (tmp_path / "clipping.md").unlink()
+    bench.main(["--table", "--output", str(tmp_path)])
+    assert "## digits, nans" in (tmp_path / "clipping.md").read_text()
     bench.main(["--quick", "--output", str(tmp_path)])
     assert "| fixed 1.0 |" in capsys.readouterr().out
 
