@@ -20,19 +20,18 @@ CONSTANTS = tuple(f"constant-{window}" for window in WINDOWS)
 RIVALS = tuple(name for name in RULES if name != "constant")
 MAX_NORM = 1.0  # where all arms clip; ours may do so at a lower norm
 
-# What is left when a part is removed.
-PARTS: dict[str, dict[str, Any]] = {
-    "lr": {"adapt_lr": False},
-    "beta2": {"adapt_beta2": False},
-    "weight-decay": {"adapt_weight_decay": False},
-    "growth-when-stable": {"grow_when_stable": False},
-    "growth-in-decay": {"grow_in_decay": False},
-    "verify": {"verify": False},
-    "shrink": {"shrink": False},
-    "clip": {"adapt_clip": False},
-    "probes": {"probe_interval": 0},
+# Ours with a part removed, or with one that is off by default.
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "auto-without-lr": {"adapt_lr": False},
+    "auto-without-beta2": {"adapt_beta2": False},
+    "auto-without-growth-in-decay": {"grow_in_decay": False},
+    "auto-with-weight-decay": {"adapt_weight_decay": True},
+    "auto-without-clip": {"adapt_clip": False},
+    "auto-without-probes": {"probe_interval": 0},
+    "auto-without-verify": {"verify": False},
+    "auto-without-shrink": {"shrink": False},
+    "auto-without-growth-when-stable": {"grow_when_stable": False},
 }
-ABLATIONS = tuple(f"auto-without-{part}" for part in PARTS)
 MAIN = (*CONSTANTS, *RIVALS, "auto")
 
 
@@ -65,7 +64,7 @@ def settings(arm: str) -> dict[str, Any]:
         found = {"steps": window, "keep_half_life": True}
         known = {field.name for field in fields(Rule)}
     elif is_ours(arm):
-        found = {"max_norm": MAX_NORM, **PARTS.get(name.removeprefix("auto-without-"), {})}
+        found = {"max_norm": MAX_NORM, **ABLATIONS.get(name, {})}
         known = {field.name for field in fields(NoiseConfig)}
     elif name in RIVALS:
         known = {field.name for field in fields(RULES[name])}

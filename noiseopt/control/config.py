@@ -59,7 +59,8 @@ class NoiseConfig:
         max_lr_factor: the largest factor on the user's learning rate; its inverse is the smallest.
         adapt_beta2: keep the half-life of Adam's second moment in samples.
         min_beta2: the least beta2 that this may lead to.
-        adapt_weight_decay: keep the timescale of decoupled weight decay in samples.
+        adapt_weight_decay: keep the timescale of decoupled weight decay in samples; off, since
+            losses were lower without it (`benchmarks/convergence`).
         verify: watch the loss after a change, where it is known, and revert what hurt.
         loss_tolerance: how much worse than its trend, relative to it, the loss may become.
         max_reverts: reverts after which the batch is no longer changed.
@@ -89,13 +90,13 @@ class NoiseConfig:
     winsorise: float = 5.0
     confidence: float = 0.95
     decision_interval: int = 10
-    probe_interval: int = 16
+    probe_interval: int = 32
     measure_interval: int = 4
-    min_count: float = 20.0
+    min_count: float = 8.0
     grow_when_stable: bool = True
     noise_margin: float = 0.5
     grow_in_decay: bool = True
-    decay_noise_fraction: float = 0.75
+    decay_noise_fraction: float = 0.5
     shrink: bool = True
     dwell_fraction: float = 0.05
     dwell_updates: int = 50
@@ -103,7 +104,7 @@ class NoiseConfig:
     max_lr_factor: float = 4.0
     adapt_beta2: bool = True
     min_beta2: float = 0.9
-    adapt_weight_decay: bool = True
+    adapt_weight_decay: bool = False
     verify: bool = True
     loss_tolerance: float = 0.005
     max_reverts: int = 3

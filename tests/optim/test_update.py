@@ -185,7 +185,7 @@ NEEDS_DECOUPLED = pytest.mark.skipif(
     "decoupled_weight_decay" not in inspect.signature(torch.optim.Adam).parameters,
     reason="torch before 2.7 has no Adam(decoupled_weight_decay=)",
 )
-SWITCHES = [{}, {"adapt_lr": False}, {"adapt_beta2": False}, {"adapt_weight_decay": False}]
+SWITCHES = [{}, {"adapt_lr": False}, {"adapt_beta2": False}, {"adapt_weight_decay": True}]
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
@@ -233,7 +233,7 @@ def test_a_grown_window_updates_at_the_decided_rates(name, switches, kernel):
     rates = optimizer.decision.rates
     assert rates.beta2 == (1.0 if "adapt_beta2" in switches else 4.0)
     assert (rates.lr == 1.0) == ("adapt_lr" in switches)
-    expected = 1.0 if "adapt_weight_decay" in switches else 4.0 / rates.lr
+    expected = 4.0 / rates.lr if "adapt_weight_decay" in switches else 1.0
     assert rates.weight_decay == pytest.approx(expected)
 
 

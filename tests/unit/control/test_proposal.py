@@ -69,7 +69,7 @@ def test_the_next_batch_stays_below_the_margin_of_the_lower_bound(lower, action)
     ("changes", "given_noise"),
     [
         ({"previous_lr": 0.9}, noise()),
-        ({}, noise(count=19.9)),
+        ({}, noise(count=7.9)),
         ({"reverts": 3}, noise()),
         ({"blocked_until": 1.1e5}, noise()),
         ({"changed_at_samples": 0.96e5}, noise()),
@@ -85,7 +85,7 @@ def test_what_holds_a_window_back(changes, given_noise):
 def test_an_unknown_noise_holds_and_says_how_it_will_become_known():
     alone = NoiseConfig()
     assert propose(CONFIG, state(), None).reason == "noise unknown: 0 windows measured so far"
-    assert "one in 16 is a probe window" in propose(alone, state(alone), None).reason
+    assert "one in 32 is a probe window" in propose(alone, state(alone), None).reason
     blind = replace(alone, probe_interval=0)
     assert "nothing is probed" in propose(blind, state(blind), None).reason
     advise = replace(alone, mode="advise")
@@ -130,13 +130,13 @@ def test_a_learning_rate_that_is_not_positive_holds(lr):
     assert proposed(lr=lr) == ("hold", 4)
 
 
-@pytest.mark.parametrize(("lower", "action"), [(95.9, "hold"), (96.1, "grow")])
+@pytest.mark.parametrize(("lower", "action"), [(31.9, "hold"), (32.1, "grow")])
 def test_growth_in_decay_takes_a_gradient_dominated_by_noise(lower, action):
-    """A noise fraction of three quarters at 32 samples is a scale of 96."""
+    """A noise fraction of a half at 32 samples is a scale of 32."""
     assert proposed(given_noise=noise(lower=lower), lr=0.5)[0] == action
 
 
-@pytest.mark.parametrize(("lower", "action"), [(191.9, "hold"), (192.1, "grow")])
+@pytest.mark.parametrize(("lower", "action"), [(63.9, "hold"), (64.1, "grow")])
 def test_caution_halves_the_noise_scale_in_decay(lower, action):
     """After a revert the gate is twice as strict, and not shut."""
     assert proposed(given_noise=noise(lower=lower), lr=0.5, caution=0.5)[0] == action
