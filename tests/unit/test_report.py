@@ -93,9 +93,9 @@ def test_a_run_that_is_wasteful_is_told_what_half_the_batch_would_keep():
 
 
 def test_few_windows_decide_nothing():
-    text = report.verdict(with_interval(90.0, 100.0, count=19.0), CONFIG)
+    text = report.verdict(with_interval(90.0, 100.0, count=7.0), CONFIG)
     assert text.startswith("undecided")
-    assert "it rests on 19.0 windows, to act takes 20" in text
+    assert "it rests on 7.0 windows, to act takes 8" in text
 
 
 def test_an_unknown_noise_decides_nothing():

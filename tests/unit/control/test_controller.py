@@ -234,7 +234,8 @@ def at_ratio(noise_ratio, rule=sqrt_gain, **settings):
 @pytest.mark.parametrize("steps", [1, 2, 4, 8, 32])
 def test_the_rates_follow_the_rule_and_keep_their_timescales(noise_ratio, steps):
     """lr times weight decay grows as the batch; beta2's exponent is the batch's growth."""
-    rates, kappa = at_ratio(noise_ratio).rates(steps), steps / 4
+    scaled = at_ratio(noise_ratio, adapt_weight_decay=True)
+    rates, kappa = scaled.rates(steps), steps / 4
     assert rates.lr == pytest.approx(min(max(sqrt_gain(kappa, noise_ratio), 0.25), 4))
     assert rates.lr * rates.weight_decay == pytest.approx(kappa)
     assert rates.beta2 == kappa
@@ -247,9 +248,10 @@ def test_the_learning_rate_factor_is_capped_both_ways():
 
 
 def test_each_rate_has_its_switch():
-    assert at_ratio(3.0, adapt_lr=False).rates(8) == Rates(lr=1.0, beta2=2.0, weight_decay=2.0)
+    assert at_ratio(3.0, adapt_lr=False).rates(8) == Rates(lr=1.0, beta2=2.0, weight_decay=1.0)
     assert at_ratio(3.0, adapt_beta2=False).rates(8).beta2 == 1.0
-    assert at_ratio(3.0, adapt_weight_decay=False).rates(8).weight_decay == 1.0
+    scaled = at_ratio(3.0, adapt_lr=False, adapt_weight_decay=True)
+    assert scaled.rates(8).weight_decay == 2.0
 
 
 def test_the_noise_ratio_is_the_lower_bound_over_the_reference_batch(run_of):
