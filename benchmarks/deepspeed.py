@@ -125,6 +125,7 @@ class Plan:
         sizes: of models.
         stages: of ZeRO.
         steps: updates of each arm; None for each size's own number.
+        windows: the lengths of those that are compared.
         together: whether processes are started once for everything, which is faster and shows
             nothing before the end.
     """
@@ -132,16 +133,17 @@ class Plan:
     sizes: tuple[Size, ...]
     stages: tuple[int, ...] = STAGES
     steps: int | None = None
+    windows: tuple[int, ...] = (1, ranks.WINDOW)
     together: bool = False
 
 
 def tasks_of(plan: Plan) -> Iterator[ranks.Task]:
     for size in plan.sizes:
-        for window, default in size.steps.items():
+        for window in plan.windows:
             for stage in plan.stages:
                 yield ranks.Task(
                     RANKS,
-                    partial(cost, stage, size, window, plan.steps or default),
+                    partial(cost, stage, size, window, plan.steps or size.steps[window]),
                     partial(ranks.costs, f"ZeRO {stage}", size, window),
                     ranks.OF_COST,
                 )
@@ -164,11 +166,14 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, help=f"default: {' '.join(FULL)}")
     parser.add_argument("--stages", nargs="+", type=int, choices=STAGES, default=STAGES)
     parser.add_argument("--steps", type=int, help="updates of each arm in each comparison")
+    both = (1, ranks.WINDOW)
+    parser.add_argument("--windows", nargs="+", type=int, choices=both, default=both)
     parser.add_argument("--output", type=Path, help=f"folder for {NAME}")
     options = parser.parse_args(arguments)
     names = options.sizes or (("tiny",) if options.quick else FULL)
     sizes = tuple(SIZES[name] for name in names)
-    plan = Plan(sizes, tuple(options.stages), options.steps, together=options.quick)
+    stages, windows = tuple(options.stages), tuple(options.windows)
+    plan = Plan(sizes, stages, options.steps, windows, together=options.quick)
     folder = options.output or (None if options.quick else RESULTS)
     origin = origin_of(arguments)  # before others can commit what is not measured here
     for results in run(plan):

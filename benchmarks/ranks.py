@@ -859,6 +859,7 @@ class Plan:
         sizes: of models; only the first serves for what is no comparison of costs.
         ranks: on how many the row is measured.
         steps: updates of each arm; None for each size's own number.
+        windows: the lengths of those in which costs are compared.
         rounds: of the counted bytes; the row is measured in proportion.
         together: whether processes are started once for all that runs on as many, which is faster
             and shows nothing before the end.
@@ -867,6 +868,7 @@ class Plan:
     sizes: tuple[Size, ...]
     ranks: tuple[int, ...] = (1, 2, 4, 8)
     steps: int | None = None
+    windows: tuple[int, ...] = (1, WINDOW)
     rounds: int = 5
     together: bool = False
 
@@ -883,9 +885,9 @@ class Task:
 
 def cost_tasks(plan: Plan) -> Iterator[Task]:
     for size in plan.sizes:
-        for window, default in size.steps.items():
+        for window in plan.windows:
             for wrapping in WRAPPINGS:
-                job = partial(cost, wrapping, size, window, plan.steps or default)
+                job = partial(cost, wrapping, size, window, plan.steps or size.steps[window])
                 yield Task(2, job, partial(costs, wrapping, size, window), OF_COST)
 
 
@@ -960,6 +962,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, help=f"default: {' '.join(FULL)}")
     parser.add_argument("--ranks", nargs="+", type=int, help="for the row; default: 1 2 4 8")
     parser.add_argument("--steps", type=int, help="updates of each arm in each comparison")
+    parser.add_argument("--windows", nargs="+", type=int, choices=(1, WINDOW), default=(1, WINDOW))
     parser.add_argument("--output", type=Path, help="folder for ranks.json")
     options = parser.parse_args(arguments)
     names = options.sizes or (("tiny",) if options.quick else FULL)
@@ -967,6 +970,7 @@ def main(arguments: Sequence[str]) -> None:
         tuple(SIZES[name] for name in names),
         tuple(options.ranks or ((2,) if options.quick else (1, 2, 4, 8))),
         options.steps,
+        tuple(options.windows),
         rounds=2 if options.quick else 5,
         together=options.quick,
     )
