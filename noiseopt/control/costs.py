@@ -14,8 +14,7 @@ POINTS = 32  # decisions: so fast are the costs followed
 ENOUGH = 3  # points on either side
 APART = math.sqrt(2)  # between the two sides' lengths
 Z = 2.5  # of the bounds
-EFFICIENCY = 0.955  # of the fit's variance, next to least squares where errors are normal
-NORMAL = 1.4826  # deviations in a median absolute one
+STALL = 0.25  # of a window's time
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,17 +102,26 @@ class Timing:
         lengths = sorted(x for x, _ in points)
         if len(points) < 2 * ENOUGH or lengths[-ENOUGH] < APART * lengths[ENOUGH - 1]:
             return None
-        fitted = _slope(points)
-        mean = statistics.fmean(lengths)
-        most = statistics.median(y / x for x, y in points)
-        slope = min(max(fitted, 0.0), most)
+        slope = min(max(_slope(points), 0.0), statistics.median(y / x for x, y in points))
         per_update = max(statistics.median(y - slope * x for x, y in points), 0.0)
-        residuals = [abs(y - per_update - slope * x) for x, y in points]
-        deviation = NORMAL * statistics.median(residuals)
-        deviation *= math.sqrt(len(points) / (len(points) - 2))
-        spread = math.fsum((x - mean) ** 2 for x in lengths)
-        error = Z * deviation / math.sqrt(EFFICIENCY * spread)
-        return Costs(per_update, slope, max(slope - error, 0.0), slope + error)
+        fit = Costs(per_update, slope, slope, slope)
+        error = Z * _error(fit, points, math.sqrt(lengths[ENOUGH - 1] * lengths[-ENOUGH]))
+        return replace(fit, low=max(slope - error, 0.0), high=slope + error)
+
+
+def _error(fit: Costs, points: list[tuple[float, float]], middle: float) -> float:
+    """The deviation of the slope: that of the difference between short and long windows.
+
+    The side of few points decides it; stalls among them count, each by no more than `STALL`.
+    """
+    variance = 0.0
+    sides = [p for p in points if p[0] < middle], [p for p in points if p[0] >= middle]
+    for side in sides:
+        off = [min(abs(y - fit.seconds(x)), STALL * fit.seconds(x)) for x, y in side]
+        deviation = math.sqrt(math.pi / 2) * statistics.fmean(off)
+        variance += deviation**2 / (len(side) - 1)
+    short, long = (statistics.fmean(x for x, _ in side) for side in sides)
+    return math.sqrt(variance) / (long - short)
 
 
 def _slope(points: list[tuple[float, float]]) -> float:
