@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from noiseopt.agreement import Agreement, starting_facts
-from noiseopt.capture import APPLIED, Measured, big_columns, read_rows
+from noiseopt.capture import APPLIED, SECONDS, Measured, big_columns, read_rows, read_seconds
+from noiseopt.clock import Clock
 from noiseopt.control import (
     RATE_RULES,
     Controller,
@@ -89,6 +90,7 @@ class Adaptation:
         self._rows: list[Tensor] = []
         self._samples = SampleCounts(self.config, controller.state.counts_samples)
         self._losses = Losses()
+        self._clock = Clock() if self.config.objective == "time" else None
         self.decisions.clear()
         self.join(self.ranks)
         self._begin()
@@ -249,6 +251,8 @@ class Adaptation:
             RuntimeError: ranks do not go together; see `Agreement`.
         """
         row = measured.row(self._losses.take())
+        if self._clock and self._clock.untold:
+            row[SECONDS] = self._clock.tell()
         if self.ranks.all > 1:
             for module in self._ddp or ():
                 refuse_join(module)
@@ -291,7 +295,8 @@ class Adaptation:
 
     def _decide(self, lr: float) -> None:
         self._learn(together=True)
-        self._controller, decision = self._controller.decide(lr, tuple(self._windows))
+        seconds = self._clock.decide() if self._clock else None
+        self._controller, decision = self._controller.decide(lr, tuple(self._windows), seconds)
         self._decided_state, self._windows = self._controller.state, []
         if self.ranks.all > 1:
             self._agreement.set_state(self._common_state())
@@ -302,6 +307,8 @@ class Adaptation:
         rows, self._rows = self._rows, []
         with self._telling_errors():
             self._agreement.check(together)
+        if self._clock:
+            self._clock.hear(read_seconds(rows, self.ranks.data))
         for window in read_rows(rows, self.ranks.data):
             self._controller = self._controller.learn(window)
             self._windows.append(window)

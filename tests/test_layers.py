@@ -17,7 +17,7 @@ LAYERS = (
     {"estimate"},
     {"control"},
     {"capture", "distributed"},
-    {"adaptation", "agreement", "observers", "readings", "told", "words"},
+    {"adaptation", "agreement", "clock", "observers", "readings", "told", "words"},
     {"optim", "schedulers", "monitor"},
     {"", "__main__", "cli", "demo", "integrations", "plan", "record", "report", "watch"},
 )

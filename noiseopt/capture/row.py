@@ -3,7 +3,7 @@
 A row can be summed over ranks: its columns are sums over micro-batches, and the weights w_i are
 divided by their own sum only when it is read. Columns: sum of w_i |g_i|^2 for each group,
 |mean|^2 for each group, then sum w_i, sum w_i / n_i, sum w_i^2 / n_i, K, N, micro-batches, skipped,
-sum of losses, number of losses, applied, clipped.
+sum of losses, number of losses, seconds, applied, clipped.
 """
 
 import math
@@ -16,8 +16,8 @@ from torch import Tensor
 from noiseopt.control import Window
 from noiseopt.estimate import WindowNorms
 
-TAIL = 11
-WEIGHT, STEPS, APPLIED, CLIPPED = -11, -6, -2, -1
+TAIL = 12
+WEIGHT, STEPS, SECONDS, APPLIED, CLIPPED = -12, -7, -3, -2, -1
 ENDED = APPLIED  # from there on, how the window ended
 
 
@@ -45,7 +45,7 @@ class Measured:
         return self.small_norms.shape[0]
 
     def row(self, losses: Sequence[Tensor]) -> Tensor:
-        """The window as one row, shape (2 * groups + 11,), as if applied and not clipped.
+        """The window as one row, shape (2 * groups + 12,), as if applied and not clipped.
 
         Nothing waits for it.
 
@@ -67,7 +67,7 @@ class Measured:
             ones - counted,
         ]
         loss = sum(loss.to(small.device, small.dtype, non_blocking=True) for loss in losses)
-        rest = torch.stack([_like(value, small) for value in (loss, len(losses), 1.0, 0.0)])
+        rest = torch.stack([_like(value, small) for value in (loss, len(losses), 0.0, 1.0, 0.0)])
         return torch.cat([small, self.big_norms, torch.stack(sums).sum(1), rest])
 
     def _row_of_one(self, losses: Sequence[Tensor]) -> Tensor:
@@ -75,7 +75,7 @@ class Measured:
         samples, weight = self.samples.item(), self.weights.item()
         inverse = weight / samples
         tail = (weight, inverse, weight * inverse, 1, samples, 1, 0)
-        ended = (sum(map(float, losses)), len(losses), 1, 0)
+        ended = (sum(map(float, losses)), len(losses), 0, 1, 0)
         small = [weight * value for value in self.small_norms[0].tolist()]
         numbers = [*small, *self.big_norms.tolist(), *tail, *ended]
         return torch.tensor(numbers, dtype=self.small_norms.dtype)
@@ -111,11 +111,16 @@ def read_rows(rows: Sequence[Tensor], ranks: int) -> list[Window]:
     return [_read(row, ranks) for row in torch.stack(list(rows)).tolist()] if rows else []
 
 
+def read_seconds(rows: Sequence[Tensor], ranks: int) -> float:
+    """The seconds that rows tell together, mean over the ranks. This waits for the device."""
+    return torch.stack([row[SECONDS] for row in rows]).sum().item() / ranks if rows else 0.0
+
+
 def _read(row: list[float], ranks: int) -> Window:
     groups = (len(row) - TAIL) // 2
     small, big, tail = row[:groups], row[groups : 2 * groups], row[2 * groups :]
     weight, inverse_small, inverse_big, count, samples, steps, skipped = tail[:7]
-    loss_sum, loss_count, applied, clipped = tail[7:]
+    loss_sum, loss_count, _, applied, clipped = tail[7:]
     micro_batches = max(round(steps / ranks), 1)
     norms = None
     if applied <= 0:

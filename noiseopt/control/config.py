@@ -8,6 +8,7 @@ MODES = ("auto", "advise", "off")
 ACCUMULATIONS = ("internal", "external")
 GRADIENTS = ("auto", "local")
 LOSS_REDUCTIONS = ("mean", "sum")
+OBJECTIVES = ("updates", "time")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,11 @@ class NoiseConfig:
         loss_reduction: "mean": the loss is a mean over its micro-batch. "sum": it is a sum, and
             `set_samples` says of how many or of what weight; the optimizer divides by the sum of
             all, over ranks and micro-batches.
+        objective: what windows are chosen for. "updates": as few as the noise allows. "time": the
+            most progress in a second, by the measured costs of an update and of a micro-batch and
+            by the noise; in place of `noise_margin` and `decay_noise_fraction`. While the costs are
+            not known apart, and now and then later, the windows between two decisions are twice as
+            long, to time them.
         samples_per_micro_batch: samples in one micro-batch on one rank. If not given, noise and
             batches are counted in micro-batches.
         tokens_per_sample: tokens in one sample, such as the length of a sequence; for the record
@@ -83,6 +89,7 @@ class NoiseConfig:
     accumulation: str = "internal"
     gradients: str = "auto"
     loss_reduction: str = "mean"
+    objective: str = "updates"
     samples_per_micro_batch: float | None = None
     tokens_per_sample: float | None = None
     half_life_fraction: float = 0.03
@@ -121,6 +128,7 @@ class NoiseConfig:
         self._check("gradients", self.gradients in GRADIENTS, f"one of {GRADIENTS}")
         reductions = LOSS_REDUCTIONS
         self._check("loss_reduction", self.loss_reduction in reductions, f"one of {reductions}")
+        self._check("objective", self.objective in OBJECTIVES, f"one of {OBJECTIVES}")
         for name in _AT_LEAST_ONE:
             self._check(name, getattr(self, name) >= 1, "at least 1")
         for name in _NOT_NEGATIVE:

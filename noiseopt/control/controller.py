@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from noiseopt.control.config import NoiseConfig
+from noiseopt.control.costs import ENOUGH, Timing
 from noiseopt.control.decision import Decision, Window
+from noiseopt.control.goodput import pace
 from noiseopt.control.proposal import Change, propose
 from noiseopt.control.rates import RateRule, Rates
 from noiseopt.control.state import ControllerState
@@ -79,10 +81,32 @@ class Controller:
             gradients_per_step=max(round(state.gradients_per_step / ratio), 1),
             micro_batches=state.micro_batches * ratio,
             verification=state.verification.scaled(ratio),
+            timing=Timing() if state.timing else None,
         )
 
     def window_steps(self, num_windows: int) -> int:
-        """The length of the window after so many others: the decided one, or a probe of two."""
+        """The length of the window after so many others: the decided one, or a probe."""
+        return self._timed_steps(num_windows) or self._noise_steps(num_windows)
+
+    def _timed_steps(self, num_windows: int) -> int | None:
+        """Another length, where windows of one alone are known, in every other decision's windows.
+
+        All of them: an accelerator is timed from one decision to the next only.
+        """
+        config, state = self.config, self.state
+        if state.timing is None or config.mode != "auto":
+            return None
+        steps = state.accumulation_steps
+        is_turn = num_windows // config.decision_interval % 2 == 1
+        if not is_turn or state.timing.probes(steps) > ENOUGH:
+            return None
+        if 2 * steps <= config.max_accumulation_steps:
+            return 2 * steps
+        half = steps // 2
+        return half if half >= config.min_accumulation_steps else None
+
+    def _noise_steps(self, num_windows: int) -> int:
+        """The decided length, or a probe of two where windows of one gradient show no noise."""
         steps, interval = self.state.accumulation_steps, self.config.probe_interval
         may_probe = self.config.mode == "auto" and self.config.max_accumulation_steps >= 2
         if steps * self.state.gradients_per_step > 1 or not may_probe or not interval:
@@ -93,20 +117,23 @@ class Controller:
     def measures(self, num_windows: int) -> bool:
         """Whether the window after so many others is measured where that costs something."""
         due = num_windows % self.config.measure_interval == 0
-        is_probe = self.window_steps(num_windows) != self.state.accumulation_steps
+        is_probe = self._noise_steps(num_windows) != self.state.accumulation_steps
         return due or is_probe or num_windows < MEASURED_AT_FIRST
 
     def rates(self, steps: int) -> Rates:
         """The factors on the hyper-parameters for a window of so many steps.
 
         What the window grew by while the user's schedule lowers the learning rate takes the rule's
-        limit of pure noise, as Seesaw does; the rest takes the noise as it was measured.
+        limit of pure noise, as Seesaw does; the rest takes the noise as it was measured. Where the
+        objective is time a window may grow by more than the rate fell: that is of the rest.
         """
         config, state = self.config, self.state
         kappa = steps / state.reference_steps
         if kappa == 1:
             return Rates()
         in_decay = steps / state.stable_steps if state.phase == "decay" else 1.0
+        if config.objective == "time" and in_decay > 1:
+            in_decay = min(in_decay, state.peak_lr / state.lr) if state.lr > 0 else 1.0
         lr = 1.0
         if config.adapt_lr:
             lr = self.rule(kappa / in_decay, state.noise_ratio) * self.rule(in_decay, math.inf)
@@ -152,23 +179,28 @@ class Controller:
             total_skipped=state.total_skipped + window.skipped,
             loss_sum=state.loss_sum + (window.loss_sum if has_loss else 0.0),
             loss_count=state.loss_count + (window.loss_count if has_loss else 0),
+            timing=state.timing.count(window.micro_batches) if state.timing else None,
         )
 
     def at(self, state: ControllerState) -> "Controller":
         """The same controller in another state."""
         return replace(self, state=state)
 
-    def decide(self, lr: float, windows: tuple[Window, ...] = ()) -> tuple["Controller", Decision]:
+    def decide(
+        self, lr: float, windows: tuple[Window, ...] = (), seconds: float | None = None
+    ) -> tuple["Controller", Decision]:
         """Decide on the windows to come.
 
         Args:
             lr: the user's learning rate now, the adapted factor not included.
             windows: what was learned since the last decision, for the record.
+            seconds: the time between the two decisions before this one, if it was measured.
         """
         loss = self.state.loss_sum / self.state.loss_count if self.state.loss_count else None
-        here = self._observe(lr, loss)
+        here = self._observe(lr, loss, seconds)
         state, noise = here.state, here._estimate()
-        change = propose(self.config, state, noise)
+        known = pace(self.config, state, noise)
+        change = propose(self.config, state, noise, known)
         decided = here._follow(change, noise)
         applied = self.config.mode == "auto"
         steps = decided.state.accumulation_steps
@@ -198,12 +230,14 @@ class Controller:
             total_dropped=state.total_dropped,
             ranks=max(state.num_ranks, 1),
             windows=windows,
+            seconds=seconds,
+            pace=known,
         )
 
     def _with(self, **changes: Any) -> "Controller":
         return self.at(replace(self.state, **changes))
 
-    def _observe(self, lr: float, loss: float | None) -> "Controller":
+    def _observe(self, lr: float, loss: float | None, seconds: float | None) -> "Controller":
         state = self.state
         samples = state.estimator.samples_seen
         verification = state.verification
@@ -219,6 +253,7 @@ class Controller:
             loss_count=0,
             clip_coefficient=1.0,
             decided_at_samples=samples,
+            timing=state.timing.decided(seconds) if state.timing else None,
         )
 
     def _estimate(self) -> NoiseEstimate | None:

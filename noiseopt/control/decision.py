@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from noiseopt.control.goodput import Pace
 from noiseopt.control.rates import Rates
 from noiseopt.control.verification import Judgement
 from noiseopt.estimate import NoiseEstimate, WindowNorms
@@ -67,6 +68,9 @@ class Decision:
         total_dropped: micro-batches of open windows that checkpoints left behind.
         ranks: how many ranks take part.
         windows: what was measured since the last decision, for replay.
+        seconds: the time between the two decisions before, mean over the ranks; None if it was not
+            measured, as where the objective is not time.
+        pace: the costs in time and what a better window would gain; None while they are not known.
     """
 
     num_windows: int
@@ -94,3 +98,5 @@ class Decision:
     total_dropped: int = 0
     ranks: int = 1
     windows: tuple[Window, ...] = ()
+    seconds: float | None = None
+    pace: Pace | None = None

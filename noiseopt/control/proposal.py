@@ -6,16 +6,23 @@ far below the batch. While the learning rate is flat, double it when the lower b
 While the user's schedule lowers the rate, let the window grow by the same factor as long as noise
 dominates: with the square-root rule this trades a decay by a for one by sqrt(a) at a times the
 batch (Seesaw, Meterez et al. 2026), which is equivalent where tr(Sigma)/B >> |G|^2.
+
+Where the objective is time, one rule takes the place of shrinking and of both ways to grow: go to
+the neighbour of clearly greater goodput (see `goodput`). It holds in decay too, without Seesaw's
+growth beyond it: past the optimum a longer window costs more samples than the time that it saves,
+and where an update is dear, goodput outgrows the decay by itself.
 """
 
 import math
 from dataclasses import dataclass
 
 from noiseopt.control.config import NoiseConfig
+from noiseopt.control.goodput import Pace
 from noiseopt.control.state import ControllerState
 from noiseopt.estimate import NoiseEstimate, noise_fraction
 
 SHRINK_BELOW = 2 * math.sqrt(2)
+LEAST_GAIN = 1.05  # of goodput, for which a window is changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +40,20 @@ class Change:
     reason: str
 
 
-def propose(config: NoiseConfig, state: ControllerState, noise: NoiseEstimate | None) -> Change:
-    """Propose the next window."""
+def propose(
+    config: NoiseConfig,
+    state: ControllerState,
+    noise: NoiseEstimate | None,
+    pace: Pace | None = None,
+) -> Change:
+    """Propose the next window.
+
+    Args:
+        config: the settings.
+        state: the controller's state.
+        noise: the estimate; None while it is unknown.
+        pace: what is known of time; None while the costs are not, or are not asked for.
+    """
     steps = state.accumulation_steps
     verdict = state.verdict(config.loss_tolerance) if config.verify else "fine"
     if verdict == "hurt":
@@ -44,6 +63,8 @@ def propose(config: NoiseConfig, state: ControllerState, noise: NoiseEstimate | 
     waiting = _wait(config, state, noise, verdict)
     if waiting:
         return Change("hold", steps, waiting)
+    if config.objective == "time":
+        return _by_goodput(config, state, pace)
     shrunk = _shrink(config, state, noise)
     if shrunk:
         return shrunk
@@ -92,6 +113,30 @@ def _revert(state: ControllerState) -> Change:
         f"the loss runs {verification.mean_excess:.4g} above its trend of "
         f"{verification.expected:.4g} since the window became {state.accumulation_steps}",
     )
+
+
+def _by_goodput(config: NoiseConfig, state: ControllerState, pace: Pace | None) -> Change:
+    steps = state.accumulation_steps
+    if pace is None or pace.gain is None:
+        return Change("hold", steps, _costs_unknown(config))
+    costs = (
+        f"an update costs {pace.per_update:.3g} s and a micro-batch {pace.per_micro_batch:.3g} s"
+    )
+    if pace.steps == steps:
+        return Change("hold", steps, f"{costs}; no other window is allowed")
+    compared = f"{costs}: windows of {pace.steps} have {pace.gain:.3f} times the goodput, at least"
+    if pace.gain < LEAST_GAIN:
+        return Change("hold", steps, f"{compared}, and a change takes {LEAST_GAIN:g}")
+    if not state.settled(config):
+        return Change("hold", steps, f"{compared}, but it is too soon after the last change")
+    return Change("grow" if pace.steps > steps else "shrink", pace.steps, compared)
+
+
+def _costs_unknown(config: NoiseConfig) -> str:
+    one = "costs unknown: windows of one length do not tell an update's time from a micro-batch's"
+    if config.mode == "auto" and config.min_accumulation_steps < config.max_accumulation_steps:
+        return f"{one}; some decisions' windows are of another, to be timed"
+    return f"{one}, and no others are made"
 
 
 def _shrink(config: NoiseConfig, state: ControllerState, noise: NoiseEstimate) -> Change | None:

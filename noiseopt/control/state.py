@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
 from noiseopt.control.clipping import NormLevel
 from noiseopt.control.config import NoiseConfig
+from noiseopt.control.costs import Timing
 from noiseopt.control.verification import Verification
 from noiseopt.estimate import NoiseEstimator
 
@@ -50,6 +51,7 @@ class ControllerState:
         loss_count: their number.
         grad_norm: the last window's gradient norm; 0 if it was skipped.
         clip_coefficient: the least factor that clipping put on a gradient since the last decision.
+        timing: the time of windows; None if the objective is not time.
     """
 
     estimator: NoiseEstimator
@@ -82,6 +84,7 @@ class ControllerState:
     loss_count: int = 0
     grad_norm: float = 0.0
     clip_coefficient: float = 1.0
+    timing: Timing | None = field(default=None, metadata={"optional": True})
 
     @classmethod
     def initial(cls, config: NoiseConfig, num_groups: int) -> "ControllerState":
@@ -100,6 +103,7 @@ class ControllerState:
             stable_steps=float(steps),
             max_norm=config.max_norm,
             counts_samples=config.samples_per_micro_batch is not None,
+            timing=_timing(config),
         )
 
     @property
@@ -122,6 +126,7 @@ class ControllerState:
             self,
             accumulation_steps=min(max(self.accumulation_steps, low), high),
             max_norm=min(self.max_norm, ceiling) if config.adapt_clip else ceiling,
+            timing=self.timing if self.timing and _timing(config) else _timing(config),
         )
 
     def verdict(self, tolerance: float) -> str:
@@ -136,12 +141,18 @@ class ControllerState:
         return far and updates >= config.dwell_updates
 
 
+def _timing(config: NoiseConfig) -> Timing | None:
+    return Timing() if config.objective == "time" else None
+
+
 def _state_names(state: Any) -> list[str]:
     return [item.name for item in fields(state) if not item.metadata.get("setting")]
 
 
 def to_numbers(state: Any, prefix: str = "") -> dict[str, Number]:
-    """Flatten nested dataclasses and tuples of them into {"outer.inner": number}."""
+    """Flatten nested dataclasses and tuples of them into {"outer.inner": number}, without None."""
+    if state is None:
+        return {}
     if is_dataclass(state):
         items = [(name, getattr(state, name)) for name in _state_names(state)]
     elif isinstance(state, tuple):
@@ -157,17 +168,26 @@ def to_numbers(state: Any, prefix: str = "") -> dict[str, Number]:
 def from_numbers(like: T, numbers: Mapping[str, Number], prefix: str = "") -> T:
     """Rebuild what `to_numbers` flattened, in the shape of `like`.
 
+    What is optional and was not saved, as by other settings, stays as it is in `like`.
+
     Raises:
         ValueError: a number is missing; names it.
     """
     return cast("T", _rebuild(like, numbers, prefix))
 
 
+def _is_there(state: Any, name: str, numbers: Mapping[str, Number], prefix: str) -> bool:
+    if getattr(state, name) is None:
+        return False
+    optional = any(item.name == name and item.metadata.get("optional") for item in fields(state))
+    return not optional or any(key.startswith(f"{prefix}{name}.") for key in numbers)
+
+
 def _rebuild(like: Any, numbers: Mapping[str, Number], prefix: str) -> Any:
     if is_dataclass(like):
         inner = f"{prefix}." if prefix else ""
         old: Any = like
-        names = _state_names(old)
+        names = [name for name in _state_names(old) if _is_there(old, name, numbers, inner)]
         new = {name: _rebuild(getattr(old, name), numbers, inner + name) for name in names}
         return replace(old, **new)
     if isinstance(like, tuple):

@@ -25,6 +25,11 @@ from noiseopt.estimate import WindowNorms
 SCHEMA = 2
 KINDS = ("start", "decision")
 
+# Left out where they hold their defaults, as they are in records from before there were any.
+LATER: dict[type, tuple[str, ...]] = {
+    NoiseConfig: ("objective",),
+    Decision: ("seconds", "pace"),
+}
 IN_ORDER = (Window, WindowNorms)  # written as lists, without names: they are most of a record
 
 
@@ -104,7 +109,12 @@ def _encode(value: Any) -> Any:
     if isinstance(value, IN_ORDER):
         return [_encode(getattr(value, item.name)) for item in fields(value)]
     if is_dataclass(value):
-        return {item.name: _encode(getattr(value, item.name)) for item in fields(value)}
+        later = LATER.get(type(value), ())
+        return {
+            item.name: _encode(getattr(value, item.name))
+            for item in fields(value)
+            if item.name not in later or getattr(value, item.name) != item.default
+        }
     if isinstance(value, tuple):
         return [_encode(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
@@ -152,13 +162,14 @@ def _fields_decoder(kind: Any) -> Callable[[Any], Any]:
             value = dict(zip(names, value, strict=False))
         if type(value) is not dict:
             raise _not(kind, value)
-        missing = decoders.keys() - value
+        missing = decoders.keys() - value - set(LATER.get(kind, ()))
         if missing:
             raise ValueError(f" lacks {', '.join(sorted(missing))}")
         found, name = {}, ""
         try:
             for name, decoder in decoders.items():
-                found[name] = decoder(value[name])
+                if name in value:
+                    found[name] = decoder(value[name])
         except ValueError as error:
             raise ValueError(f".{name}{error}") from None
         return kind(**found)

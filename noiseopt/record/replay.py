@@ -81,7 +81,7 @@ def replay(record: Record, changes: Mapping[str, Any] | None = None) -> Iterator
                 controller = controller.counting_samples()  # as set_samples() has it
             for window in recorded.windows:
                 controller = controller.learn(window)
-            controller, again = controller.decide(recorded.lr, recorded.windows)
+            controller, again = controller.decide(recorded.lr, recorded.windows, recorded.seconds)
             yield Replayed(recorded, again)
 
 

@@ -21,6 +21,7 @@ class Simulated:
         self.controller = Controller.create(config, RATE_RULES[rule], len(groups))
         self.decided_state = self.controller.state
         self.windows, self.observers, self.decisions = [], [], deque(maxlen=10**6)
+        self.seconds = None
 
     def now(self):
         return Start(self.config, self.rule, self.groups, self.decided_state)
@@ -50,7 +51,9 @@ class Simulated:
     def decide(self):
         done = self.controller.state.num_windows / self.updates
         lr = 1e-3 * (1 - min(done, 1)) + 1e-4
-        self.controller, decision = self.controller.decide(lr, tuple(self.windows))
+        self.controller, decision = self.controller.decide(lr, tuple(self.windows), self.seconds)
+        if self.config.objective == "time":
+            self.seconds = sum(4.0 + window.micro_batches for window in self.windows)
         self.decided_state, self.windows = self.controller.state, []
         self.decisions.append(decision)
         for observer in self.observers:

@@ -43,14 +43,16 @@ class Run:
         lr: the user's learning rate by samples seen.
         loss: the mean loss by samples seen and window; none is reported without it.
         seed: of all draws.
+        costs: seconds of a window by its length and a generator; no time is told without it.
         norms: further arguments of `draw_norms`.
     """
 
-    def __init__(self, controller, scale, lr=None, loss=None, seed=0, **norms):
+    def __init__(self, controller, scale, lr=None, loss=None, seed=0, costs=None, **norms):
         self.controller = controller
         self.scale, self.lr, self.loss = scale, lr or (lambda seen: 1.0), loss
         self.rng, self.norms = np.random.default_rng(seed), norms
         self.samples, self.decisions, self.windows = 0.0, [], []
+        self.costs, self.seconds, self.told = costs, 0.0, None
 
     def step(self):
         """One window, and a decision where one is due."""
@@ -58,6 +60,8 @@ class Run:
         steps = self.controller.window_steps(state.num_windows)
         norms = draw_norms(self.rng, self.scale(self.samples), steps, **self.norms)
         self.samples += norms.samples
+        if self.costs:
+            self.seconds += self.costs(steps, self.rng)
         losses = {}
         if self.loss:
             mean = self.loss(self.samples, state.accumulation_steps, self.rng)
@@ -65,7 +69,10 @@ class Run:
         self.windows.append(Window(norms, steps, **losses))
         self.controller = self.controller.learn(self.windows[-1])
         if self.controller.state.num_updates % self.controller.config.decision_interval == 0:
-            self.controller, decision = self.controller.decide(self.lr(self.samples))
+            self.controller, decision = self.controller.decide(
+                self.lr(self.samples), seconds=self.told
+            )
+            self.told, self.seconds = self.seconds or None, 0.0
             self.decisions.append(decision)
 
     def until(self, samples):

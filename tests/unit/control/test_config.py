@@ -33,7 +33,7 @@ SWITCHES = (
     ),
     *("verify", "adapt_clip", "skip_nonfinite"),
 )
-WORDS = ("mode", "accumulation", "gradients", "loss_reduction")
+WORDS = ("mode", "accumulation", "gradients", "loss_reduction", "objective")
 
 OUT_OF_RANGE = [
     *((name, least - 1) for name, least in INTEGERS.items()),
@@ -51,6 +51,7 @@ OUT_OF_RANGE = [
     ("accumulation", "both"),
     ("gradients", "ddp"),
     ("loss_reduction", "none"),
+    ("objective", "loss"),
 ]
 WRONG_TYPE = [
     *((name, value) for name in INTEGERS for value in (2.0, "2", True, None)),
