@@ -37,6 +37,8 @@ class LeafNorms:
         self.factors: list[Tensor] = []
         self.strays = self.unread = False
         self._handles: list[Any] = []
+        self._listening = True
+        self._watched: list[tuple[Any, int]] = []
         self._unwatched = [(p, index) for index, params in enumerate(groups) for p in params]
         self._watch_unfrozen()
 
@@ -54,6 +56,7 @@ class LeafNorms:
         """
         factors: list[Tensor] = []
         handle = loss.register_hook(lambda grad: factors.append(grad.detach()))
+        self._listen(measured)
         self._watch_unfrozen()
         self._arrived.clear()
         self._inside, self._reads = True, measured
@@ -80,6 +83,17 @@ class LeafNorms:
             handle.remove()
         self._handles.clear()
 
+    def _listen(self, wanted: bool) -> None:
+        """Keep the hooks only while they are wanted: calling them costs."""
+        if wanted == self._listening:
+            return
+        self._listening = wanted
+        if wanted:
+            for param, group in self._watched:
+                self._hook(param, group)
+        else:
+            self.detach()
+
     def _watch_unfrozen(self) -> None:
         """Watch what was frozen until now; ZeRO leaves what is frozen at first as it is."""
         for param, group in self._unwatched:
@@ -88,6 +102,11 @@ class LeafNorms:
         self._unwatched = [pair for pair in self._unwatched if not pair[0].requires_grad]
 
     def _watch(self, param: Any, group: int) -> None:
+        self._watched.append((param, group))
+        if self._listening:
+            self._hook(param, group)
+
+    def _hook(self, param: Any, group: int) -> None:
         self._handles.append(param.register_hook(self._reader(param, group)))
         self._handles.append(param.register_post_accumulate_grad_hook(self._confirm))
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from noiseopt.capture.norms import device_of, squared_norms
+from noiseopt.capture.norms import device_of, squared_norms, unknown_norms
 from noiseopt.capture.passes import BackwardPasses
 from noiseopt.capture.sharding import local
 
@@ -72,6 +72,9 @@ class LocalNorms:
         Raises:
             RuntimeError: no backward pass was seen, or gradients were removed since.
         """
+        if not self._reads():
+            self.clear()
+            return unknown_norms(len(groups), self._device).expand(number, -1)
         if len(self) == 0:
             raise RuntimeError(
                 "no backward pass was seen since the last step(): the ranks' own gradients are "
@@ -106,6 +109,10 @@ class LocalNorms:
                 self.passes.watch([p for p in new if p not in self.passes.watched], index)
         return all_seen
 
+    def open_window(self) -> None:
+        """Read the backward passes to come, or let them pass."""
+        self.passes.listen(self._reads())
+
     def clear(self) -> None:
         """Forget what was read."""
         self.passes.clear()
@@ -113,8 +120,7 @@ class LocalNorms:
 
     def _sample(self) -> None:
         self._with_grad = [param for param in self.passes.watched if param.grad is not None]
-        reads = self._with_grad and self._reads()
-        self._before = self._sum_of_squares() if reads else None
+        self._before = self._sum_of_squares() if self._with_grad else None
 
     def _sum_of_squares(self) -> Tensor:
         # An odd stride, so that of tensors in pairs it takes both kinds.

@@ -55,6 +55,8 @@ class BackwardPasses:
         self._num_groups = len(groups)
         self._device = device_of(groups)
         self._handles: list[Any] = []
+        self._listening = True
+        self._reading: list[Any] = []  # the handles of what reads gradients
         self._passing: dict[Tensor, Tensor] = {}
         self._starts_anew = False
         self._current: list[list[tuple[Tensor, Tensor]]] = []
@@ -84,11 +86,21 @@ class BackwardPasses:
         self._passing.clear()
         self._brought.clear()
 
+    def listen(self, wanted: bool) -> None:
+        """Keep the hooks that read gradients only while that is wanted: calling them costs."""
+        if wanted == self._listening:
+            return
+        self._listening = wanted
+        if wanted:
+            for leaf, param in self.leaves.items():
+                self._read(leaf, param)
+        else:
+            _remove(self._reading)
+
     def detach(self) -> None:
         """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        _remove(self._reading)
+        _remove(self._handles)
         self.watched.clear()
         self.leaves.clear()
 
@@ -120,6 +132,11 @@ class BackwardPasses:
         hooked: Any = leaf
         if is_sharded(leaf):
             self.model_ranks = max(self.model_ranks, hooked.device_mesh.size())
+        if self._listening:
+            self._read(leaf, param)
+
+    def _read(self, leaf: Tensor, param: Tensor) -> None:
+        hooked: Any = leaf
 
         def before(grad: Tensor) -> None:
             if self.paused:
@@ -132,8 +149,8 @@ class BackwardPasses:
             if not self.paused:
                 self._take(leaf, param)
 
-        self._handles.append(hooked.register_hook(before))
-        self._handles.append(hooked.register_post_accumulate_grad_hook(after))
+        self._reading.append(hooked.register_hook(before))
+        self._reading.append(hooked.register_post_accumulate_grad_hook(after))
 
     def _take(self, leaf: Tensor, param: Tensor) -> None:
         task = torch._C._current_graph_task_id()
@@ -176,6 +193,12 @@ class BackwardPasses:
         share = share_among(self.model_ranks)
         parts = [joined_norm([norm], self._device) * share(leaf) for leaf, norm in norms]
         return sum(parts, joined_norm([], self._device))
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
 
 
 def _refuse_nested_backward() -> None:

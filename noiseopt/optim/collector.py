@@ -113,8 +113,13 @@ class GradientCollector:
             if hooks is not None:
                 hooks.add_group(params)
 
+    def open_window(self) -> None:
+        """Read the next window's backward passes, if it is measured."""
+        if self._local is not None:
+            self._local.open_window()
+
     def clear(self, keep_memory: bool) -> None:
-        """Start the next window."""
+        """Forget what the open window holds."""
         self._window.clear(keep_memory)
         for hooks in (self._capture, self._local):
             if hooks is not None:

@@ -97,6 +97,7 @@ class SavesNoise(NoiseReadings, Optimizer):
             self._adaptation.load_numbers(numbers)
         else:
             self._adaptation.restart()
+        self._collector.open_window()
         for group in self.param_groups:
             self._start_numbers(group)
 
