@@ -139,7 +139,7 @@ class Plan:
 
 def tasks_of(plan: Plan) -> Iterator[ranks.Task]:
     for size in plan.sizes:
-        for window in plan.windows:
+        for window in size.steps.keys() & plan.windows:
             for stage in plan.stages:
                 yield ranks.Task(
                     RANKS,

@@ -13,8 +13,9 @@ cost: time of whole updates (forward, backward, step) of a byte-level GPT on two
     again" is the control: nothing smaller than its distance from 1 is resolved. "ours, row not
     sent" is what is left if the row's all-reduce took no time at all: a bound on what overlapping
     it, or sending it more rarely, could gain.
-share: where our updates spend their time, each part without those inside it. The row's all-reduce
-    includes waiting for the other rank. In rounds of their own, since watching takes time too.
+share: where our updates spend their time when all are measured, each part without those inside it.
+    The row's all-reduce includes waiting for the other rank. In rounds of their own, since watching
+    takes time too.
 traffic: bytes for each update: those that the ranks' own connections received, and those that the
     loopback interface carried for whomever; the least of several rounds.
 row: the row's all-reduce on 1 to 8 ranks, alone and inside updates. Where there are more ranks than
@@ -205,12 +206,14 @@ class Ours(Arm):
         window: int,
         accumulates: bool = False,
         sends: bool = True,
+        measures_all: bool = False,
     ) -> None:
         super().__init__(wrapping, size, window)
         self.accumulates = accumulates
-        self.optimizer = NoiseAwareAdamW(
-            self.model.parameters(), lr=LR, fused=True, noise=config(window, size.block)
-        )
+        noise = config(window, size.block)
+        if measures_all:
+            noise = replace(noise, measure_interval=1)
+        self.optimizer = NoiseAwareAdamW(self.model.parameters(), lr=LR, fused=True, noise=noise)
         past_first_windows(self.optimizer._adaptation)
         if not sends:
             keep_rows(self.optimizer)
@@ -885,7 +888,7 @@ class Task:
 
 def cost_tasks(plan: Plan) -> Iterator[Task]:
     for size in plan.sizes:
-        for window in plan.windows:
+        for window in size.steps.keys() & plan.windows:
             for wrapping in WRAPPINGS:
                 job = partial(cost, wrapping, size, window, plan.steps or size.steps[window])
                 yield Task(2, job, partial(costs, wrapping, size, window), OF_COST)
@@ -896,7 +899,10 @@ def share_tasks(plan: Plan) -> Iterator[Task]:
     steps = plan.steps or size.steps[WINDOW]
     for wrapping in WRAPPINGS:
         for window, name in ((1, REFERENCE), (1, OURS), (WINDOW, ACCUMULATING)):
-            job = partial(profile, wrapping, size, window, arms_of(window)[name], steps)
+            build = arms_of(window)[name]
+            if name != REFERENCE:
+                build = partial(build, measures_all=True)
+            job = partial(profile, wrapping, size, window, build, steps)
             records = partial(shares, wrapping, size, window, name, steps)
             yield Task(2, job, records, OF_SHARE)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 Batch = tuple[Tensor, ...]
 
 DECISION_INTERVAL = 10  # updates, as in NoiseConfig: where ours can change its window
-PROBE_INTERVAL = 16  # updates, as in NoiseConfig: a window of two among those of one
+PROBE_INTERVAL = 16  # updates; of every arm: a window of two among those of one
 FACTORS = (10.0, 100.0, 1000.0)  # of an outlier's loss, in turn
 WRONG_SHARE = 0.5  # of the labels, in a stretch of label noise
 FULL_LENGTH = 1120  # updates of the full plan

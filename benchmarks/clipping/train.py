@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from benchmarks.clipping.rules import RULES, Rule, norm_of
-from benchmarks.clipping.scenarios import Batch, Plan, Scenario
+from benchmarks.clipping.scenarios import PROBE_INTERVAL, Batch, Plan, Scenario
 from benchmarks.clipping.tasks import Task
 from noiseopt import NoiseAwareAdamW, NoiseConfig
 from noiseopt.control import Decision, controller
@@ -139,16 +139,15 @@ class Ours:
 
 def config(**changes: Any) -> NoiseConfig:
     """The defaults with such changes, whose rates do not follow the windows of the plan."""
-    return NoiseConfig(
-        adapt_lr=False, adapt_beta2=False, adapt_weight_decay=False, verify=False, **changes
-    )
+    held = dict.fromkeys(("adapt_lr", "adapt_beta2", "adapt_weight_decay", "verify"), False)
+    return NoiseConfig(**held | {"probe_interval": PROBE_INTERVAL} | changes)
 
 
 @contextmanager
 def deciding_on(plan: Plan) -> Iterator[None]:
     """Let every controller decide on the windows of a plan."""
 
-    def planned(config: NoiseConfig, state: ControllerState, noise: object) -> Change:
+    def planned(config: NoiseConfig, state: ControllerState, *measured: object) -> Change:
         steps = plan.steps(state.num_windows)
         larger = "grow" if steps > state.accumulation_steps else "shrink"
         action = "hold" if steps == state.accumulation_steps else larger

@@ -41,7 +41,7 @@ class DecisionLog:
         ...     optimizer.step()
         ...     optimizer.zero_grad()
         >>> [decision.num_updates for decision in noiseopt.record.read(path).decisions]
-        [10]
+        [10, 20]
     """
 
     def __init__(

@@ -20,7 +20,7 @@ KILLED = Path(__file__).with_name("killed.py")
 
 STEPS = 189  # micro-batches on each rank: windows of 2 to 8, of which the last is cut short
 SAVE_EVERY = 33  # updates, so that checkpoints lie between decisions
-KILL_AT = 165  # calls of step(), after the decision at update 70 and before the end
+KILL_AT = 165  # calls of step(), after a decision that no checkpoint holds and before the end
 SMALL = (
     *("--layers", 1, "--width", 16, "--context", 4, "--batch-size", 1, "--window", 2),
     *("--lr", 1e-2, "--save-every", SAVE_EVERY),
@@ -108,7 +108,7 @@ def assert_goes_on_as_if_never_killed(runs):
     whole = (*first.decisions, replace(again, windows=straight[len(first.decisions)].windows))
     assert whole + second.decisions[1:] == straight
     lost = (runs.killed / "decisions.superseded.jsonl").read_text().splitlines()
-    assert from_line(lost[0])[0].num_updates == again.num_updates == 70
+    assert from_line(lost[0])[0].num_updates == again.num_updates
 
 
 def assert_same_bits(one, other):

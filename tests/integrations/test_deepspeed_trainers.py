@@ -180,7 +180,7 @@ def test_accelerate_keeps_its_windows_and_the_rest_adapts(ranks, stage):
     assert set(seen["decided"]) == {2}
     # The short window at the end of an epoch is measured as what it is: one gradient.
     for window in seen["windows"][LOADED // 2 :: LOADED // 2 + 1]:
-        assert window.norms.small_sq == pytest.approx(window.norms.big_sq)
+        assert window.norms.small_sq in ((), pytest.approx(window.norms.big_sq))
     typical = sum(w.norms.small_sq[0] for w in seen["windows"][:25]) / 25
     assert seen["windows"][25].norms.small_sq[0] > typical / 3
 
