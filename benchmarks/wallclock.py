@@ -46,7 +46,7 @@ if sys.path[0] == str(Path(__file__).resolve().parent):
 
 from benchmarks import recording
 from benchmarks.convergence.arms import MAX_NORM
-from benchmarks.convergence.plan import TUNING_SEED
+from benchmarks.convergence.plan import TUNING_SEEDS
 from benchmarks.convergence.train import BETA1, validate
 from benchmarks.convergence.workloads import WORKLOADS, Batch, Workload
 from benchmarks.ranks import on_ranks
@@ -325,7 +325,7 @@ def tuned(workload: str) -> dict[str, tuple[float, tuple[float, float]]]:
     best: dict[str, Any] = {}
     for record in records:
         arm, split = record["arm"], (record["workload"], record["split"], record["seed"])
-        if split != (workload, "tuning", TUNING_SEED) or arm not in CONSTANTS:
+        if split != (workload, "tuning", TUNING_SEEDS[0]) or arm not in CONSTANTS:
             continue
         loss = math.inf if record["val_loss"] is None else record["val_loss"]
         if arm not in best or loss < best[arm][0]:
@@ -496,7 +496,7 @@ def rounds(plan: Plan) -> Iterator[list[Run]]:
     """The run that sets the target; then those of each seed, in an order drawn for it."""
     settings = tuned(plan.workload)
     best = min(settings, key=lambda arm: settings[arm][0])
-    first = partial(job, plan, best, TUNING_SEED, settings[best][1], None)
+    first = partial(job, plan, best, TUNING_SEEDS[0], settings[best][1], None)
     found = on_ranks(RANKS, {"micro": partial(micro_batch_seconds, plan.workload), "target": first})
     micro = found["micro"][0]
     yield [Run(**found["target"][0])]

@@ -10,7 +10,7 @@ import typer
 from benchmarks.convergence import arms, plots
 from benchmarks.convergence.fractions import along
 from benchmarks.convergence.fractions import markdown as markdown_of_fractions
-from benchmarks.convergence.plan import REPORTING_SEEDS, TUNING_SEED, Plan
+from benchmarks.convergence.plan import REPORTING_SEEDS, TUNING_SEEDS, Plan
 from benchmarks.convergence.table import markdown
 from benchmarks.convergence.work import Job, collect, running, work_in
 from benchmarks.convergence.workloads import MAIN, SPLITS, WORKLOADS
@@ -41,7 +41,7 @@ def run(
     workloads = _checked(workload, split)
     for name in arm or ():
         arms.settings(name)
-    seeds = seed or ([TUNING_SEED] if split == "tuning" else REPORTING_SEEDS)
+    seeds = seed or (TUNING_SEEDS[:1] if split == "tuning" else REPORTING_SEEDS)
     work_in(jobs, Job(results, workloads, tuple(arm or ()), split, tuple(seeds), device))
 
 
@@ -90,7 +90,7 @@ def fractions(workload: Workloads = None, results: Results = RESULTS) -> None:
     """Measure the noise along Seesaw runs, in the norms that could gate growth."""
     cache, parts = Job(results).cache, [f"# {FRACTIONS}"]
     for name in _checked(workload):
-        run = Plan(cache, (name,)).run(name, "seesaw", TUNING_SEED, "tuning")
+        run = Plan(cache, (name,)).run(name, "seesaw", TUNING_SEEDS[0], "tuning")
         if run is None:
             raise typer.BadParameter(f"{name} is not tuned yet: do its runs first")
         parts.append(markdown_of_fractions(name, list(along(run))))

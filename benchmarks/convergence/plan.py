@@ -1,22 +1,27 @@
 """Which runs there are, and in which order: the most telling first.
 
 What is tuned decides what is reported, so the plan is drawn up anew after every run, as far as it
-can be known. First the rate of a window of 1 on the tuning seed, and ours and Seesaw with it; then
+can be known. First the rate of a window of 1 on the tuning seeds, and ours and Seesaw with it; then
 the other constants and the rivals' second way with beta2; then every arm on the reporting seeds;
 then ours with each part removed.
+
+A constant's rate and beta2 are searched for on the first tuning seed, and the best few rates are
+run on the others: one that is best for one seed may lie at the edge of stability for the next.
 """
 
 import math
 from collections.abc import Iterable, Iterator
 from itertools import product
+from statistics import fmean
 from typing import Any
 
 from benchmarks.convergence import arms
 from benchmarks.convergence.cache import CODE, Cache, Record, Run
-from benchmarks.convergence.tuning import Setting, best, untried
+from benchmarks.convergence.tuning import Setting, best, ranked, untried
 from benchmarks.convergence.workloads import WORKLOADS
 
-TUNING_SEED = 101
+TUNING_SEEDS = (101, 102, 103)  # the first is searched on, the others choose among the best
+FINALISTS = 3
 REPORTING_SEEDS = (1, 2, 3)
 FIRST = ("auto", "seesaw")
 VARIANTS = ("norm-test@theta=0.9", "adascale@steps=2")  # on the tuning seed, for the record
@@ -59,7 +64,7 @@ class Plan:
             yield self.run(workload, arm, seed, split)
 
     def tuning(self, workload: str, arm: str, only_choice: bool = False) -> Iterator[Item]:
-        """The runs on the tuning seed, by which an arm's settings are chosen, if any are."""
+        """The runs on the tuning seeds, by which an arm's settings are chosen, if any are."""
         window = arms.window_of(arm)
         if window:
             yield from self._search(workload, window)
@@ -80,10 +85,14 @@ class Plan:
     def chosen(self, workload: str, arm: str) -> tuple[float, float] | None:
         """The rate and beta2 of a constant arm at a window of 1; None while they are sought."""
         window = arms.window_of(arm) or 1
-        losses, start = self._known(workload, window)
-        if start is None or untried(losses, start):
+        means = {
+            setting: self._mean_loss(workload, window, setting)
+            for setting in self._finalists(workload, window)
+        }
+        known = {setting: loss for setting, loss in means.items() if loss is not None}
+        if not known or len(known) < len(means):
             return None
-        return best(losses).values(WORKLOADS[workload].lr)
+        return best(known).values(WORKLOADS[workload].lr)
 
     def records(self) -> list[Record]:
         """What has finished and belongs to the results.
@@ -109,6 +118,8 @@ class Plan:
             yield self._constant(workload, window, setting)
         if start is None or missing:
             yield None
+        for seed, setting in product(TUNING_SEEDS[1:], self._finalists(workload, window)):
+            yield self._constant(workload, window, setting, seed)
 
     def _known(self, workload: str, window: int) -> tuple[dict[Setting, float], int | None]:
         if (workload, window) not in self._searches:
@@ -135,8 +146,23 @@ class Plan:
                 return losses, start
             losses |= known
 
-    def _loss(self, workload: str, window: int, setting: Setting) -> float | None:
-        return self._loss_of(self._constant(workload, window, setting))
+    def _finalists(self, workload: str, window: int) -> list[Setting]:
+        """The best few rates on the seed that is searched on; none while it is searched on."""
+        losses, start = self._known(workload, window)
+        if start is None or untried(losses, start):
+            return []
+        return ranked(losses)[:FINALISTS]
+
+    def _mean_loss(self, workload: str, window: int, setting: Setting) -> float | None:
+        """Over the tuning seeds; None while one of them is not known."""
+        losses = [self._loss(workload, window, setting, seed) for seed in TUNING_SEEDS]
+        known = [loss for loss in losses if loss is not None]
+        return fmean(known) if len(known) == len(losses) else None
+
+    def _loss(
+        self, workload: str, window: int, setting: Setting, seed: int = TUNING_SEEDS[0]
+    ) -> float | None:
+        return self._loss_of(self._constant(workload, window, setting, seed))
 
     def _loss_of(self, run: Run) -> float | None:
         record = self.cache.get(run)
@@ -144,10 +170,12 @@ class Plan:
             return None
         return math.inf if record["val_loss"] is None else float(record["val_loss"])
 
-    def _constant(self, workload: str, window: int, setting: Setting) -> Run:
+    def _constant(
+        self, workload: str, window: int, setting: Setting, seed: int = TUNING_SEEDS[0]
+    ) -> Run:
         arm = f"constant-{window}"
         values = setting.values(WORKLOADS[workload].lr)
-        return self._on_tuning_seed(workload, arm, *values, arms.settings(arm))
+        return self._on_tuning_seed(workload, arm, *values, arms.settings(arm), seed)
 
     def _ways(self, arm: str) -> Iterator[dict[str, Any]]:
         """The settings of an arm that are tried on the tuning seed."""
@@ -169,10 +197,16 @@ class Plan:
         return ways[losses.index(min(known))] if len(known) == len(ways) else None
 
     def _on_tuning_seed(
-        self, workload: str, arm: str, lr: float, beta2: float, options: dict[str, Any]
+        self,
+        workload: str,
+        arm: str,
+        lr: float,
+        beta2: float,
+        options: dict[str, Any],
+        seed: int = TUNING_SEEDS[0],
     ) -> Run:
         config = _config(workload, arm, lr, beta2, options)
-        return Run(workload, arm, TUNING_SEED, "tuning", config)
+        return Run(workload, arm, seed, "tuning", config)
 
 
 def _config(

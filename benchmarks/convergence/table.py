@@ -1,5 +1,6 @@
 """What the results say: each arm against the best constant window and against their frontier."""
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from itertools import pairwise
 from statistics import fmean, stdev
 
 from benchmarks.convergence import arms
-from benchmarks.convergence.cache import Record
+from benchmarks.convergence.cache import CODE, Record
 from benchmarks.convergence.workloads import WORKLOADS
 
 UPDATE_COST = 4  # micro-batches that an update costs, in the table's modelled time
@@ -51,16 +52,20 @@ def loss_of(record: Record, key: str = "val_loss") -> float:
 
 
 def by_arm(records: Sequence[Record], workload: str, split: str) -> dict[str, dict[int, Record]]:
-    """Each arm's record for each seed; of several settings the best."""
-    found: dict[str, dict[int, Record]] = defaultdict(dict)
+    """Each arm's record for each seed; of several settings those of most seeds, then the best."""
+    tried: dict[str, dict[str, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
     for record in records:
         if (record["workload"], record["split"]) == (workload, split):
-            seeds = found[record["arm"]]
-            seed = record["seed"]
-            if seed not in seeds or loss_of(record) < loss_of(seeds[seed]):
-                seeds[seed] = record
+            settings = {key: value for key, value in record["config"].items() if key != CODE}
+            of_one = tried[record["arm"]][json.dumps(settings, sort_keys=True)]
+            of_one[record["seed"]] = record
+    found = {arm: min(ways.values(), key=_rank) for arm, ways in tried.items()}
     names = (*arms.MAIN, *arms.ABLATIONS)
     return dict(sorted(found.items(), key=lambda item: _position(item[0], names)))
+
+
+def _rank(seeds: dict[int, Record]) -> tuple[int, float]:
+    return -len(seeds), mean_loss(seeds)
 
 
 def _position(arm: str, names: Sequence[str]) -> tuple[int, str]:

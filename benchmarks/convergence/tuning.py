@@ -36,6 +36,13 @@ def best(losses: Mapping[Setting, float]) -> Setting:
     return min(losses, key=lambda setting: (losses[setting], setting))
 
 
+def ranked(losses: Mapping[Setting, float]) -> list[Setting]:
+    """The rates from the best to the worst, each with the beta2 that is best for it."""
+    rungs = {setting.rung for setting in losses}
+    found = [best({s: losses[s] for s in losses if s.rung == rung}) for rung in rungs]
+    return sorted(found, key=lambda setting: (losses[setting], setting))
+
+
 def untried(losses: Mapping[Setting, float], start: int) -> list[Setting]:
     """What to try next, given what is known; nothing if the best is surrounded.
 

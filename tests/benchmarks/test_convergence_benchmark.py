@@ -3,6 +3,7 @@ import math
 import re
 import shutil
 import threading
+from collections import defaultdict
 from dataclasses import replace
 
 import pytest
@@ -17,7 +18,8 @@ from benchmarks.convergence.__main__ import app
 from benchmarks.convergence.cache import Cache, Run
 from benchmarks.convergence.gradients import Spread, WindowGradient
 from benchmarks.convergence.plan import Plan
-from benchmarks.convergence.tuning import BETA2, Setting, best, untried
+from benchmarks.convergence.table import loss_of
+from benchmarks.convergence.tuning import BETA2, Setting, best, ranked, untried
 from benchmarks.convergence.workloads import MAIN, WORKLOADS, autoencoder, digits, gpt
 from benchmarks.convergence.workloads.base import SPLITS, Data, Workload
 
@@ -353,6 +355,11 @@ def test_the_search_surrounds_its_best():
     assert Setting(2, 0).values(0.01) == (0.02, BETA2[0])
 
 
+def test_rates_are_ranked_each_with_its_best_beta2():
+    losses = {Setting(0, 1): 2.0, Setting(0, 2): 1.0, Setting(1, 1): 1.5, Setting(2, 2): math.inf}
+    assert ranked(losses) == [Setting(0, 2), Setting(1, 1), Setting(2, 2)]
+
+
 def test_what_diverged_is_not_the_best():
     assert best({Setting(4): math.inf, Setting(2): 1.0}) == Setting(2)
 
@@ -425,7 +432,30 @@ def test_what_is_tuned_is_reported(finished):
     keys = "workload arm seed split updates samples val_loss val_loss_averaged wall_seconds config"
     assert set(records[0]) == {*keys.split(), "commit"}
     seeds = {(r["split"], r["seed"]) for r in records}
-    assert seeds == {("tuning", 101), ("reporting", 1), ("reporting", 2), ("reporting", 3)}
+    reporting = {("reporting", seed) for seed in (1, 2, 3)}
+    assert seeds == {("tuning", seed) for seed in (101, 102, 103)} | reporting
+
+
+def test_a_rate_at_the_edge_of_stability_is_not_chosen(fake, tmp_path, monkeypatch):
+    def unstable(run, device):
+        result, details = fake(run, device)
+        if run.seed == 102 and run.config["lr"] == 0.1:
+            result["val_loss"] = None
+        return result, details
+
+    monkeypatch.setattr(work, "train", unstable)
+    job = work.Job(tmp_path, ("line",), ("constant-1",), seeds=(101,))
+    work.work(job)
+    losses = defaultdict(dict)
+    for record in json.loads((tmp_path / "convergence.json").read_text()):
+        losses[record["config"]["lr"], record["config"]["beta2"]][record["seed"]] = loss_of(record)
+    again = {setting: seeds for setting, seeds in losses.items() if len(seeds) > 1}
+    assert len({lr for lr, _ in again}) == len(again) == 3  # rates
+    assert min(losses, key=lambda setting: losses[setting][101])[0] == 0.1
+    assert all(set(seeds) == {101, 102, 103} for seeds in again.values())
+    chosen = min(again, key=lambda setting: sum(again[setting].values()))
+    assert chosen[0] != 0.1
+    assert Plan(job.cache, ("line",)).chosen("line", "constant-1") == chosen
 
 
 def test_named_arms_need_only_the_rate(fake, tmp_path):
