@@ -7,8 +7,7 @@ plain numbers. Optimizer and monitor share it.
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from noiseopt.agreement import Agreement, starting_facts
-from noiseopt.capture import APPLIED, SECONDS, Measured, big_columns, read_rows, read_seconds
+from noiseopt.capture import APPLIED, SECONDS, Measured, read_rows, read_seconds
 from noiseopt.clock import Clock
 from noiseopt.control import (
     RATE_RULES,
@@ -27,14 +26,14 @@ from noiseopt.control import (
     Rates,
     Start,
     Window,
-    from_numbers,
+    from_saved,
     to_numbers,
+    to_saved,
 )
-from noiseopt.distributed import Ranks, ddp_around, refuse_join
+from noiseopt.distributed import Ranks
 from noiseopt.observers import Observer, tell
 from noiseopt.told import Losses, SampleCounts
 
-STATE_VERSION = 2
 KEPT_DECISIONS = 256
 
 Number = int | float
@@ -76,7 +75,6 @@ class Adaptation:
         self.decisions: deque[Decision] = deque(maxlen=KEPT_DECISIONS)
         self.observers: list[Observer] = []
         self.settings: Callable[[], dict[str, object]] = dict
-        self._ddp: Collection[nn.Module] | None = None
         self.rule, self.groups = rule, tuple(groups)
         self.restart()
 
@@ -138,7 +136,7 @@ class Adaptation:
     def join(self, ranks: Ranks) -> None:
         """Take part with these ranks from the open window on, which must be empty."""
         before = self._controller.state
-        self.ranks, self._agreement = ranks, Agreement(ranks)
+        self.ranks, self._agreement = ranks, Agreement(ranks, self._tell_error)
         self._controller = self._controller.on_ranks(ranks.data)
         self._open_window()
         if before.num_ranks not in (0, ranks.data):
@@ -156,14 +154,8 @@ class Adaptation:
             RuntimeError: ranks differ, which names what differs and how; or there are others than
                 when the hooks were set.
         """
-        if Ranks.of(groups, process_group) != self.ranks:
-            raise RuntimeError(
-                f"the optimizer was built for {self.ranks.all} rank(s) and now there are others: "
-                "call torch.distributed.init_process_group() and fully_shard() before building it"
-            )
+        self._agreement.see_ranks(groups, process_group)
         self.compare(starting_facts(groups, self.ranks))
-        if self.ranks.all > 1:
-            self.ddp_around(groups)
 
     def compare(self, facts: Mapping[str, object]) -> None:
         """See that every rank starts from the same settings, state and facts: a collective.
@@ -173,22 +165,14 @@ class Adaptation:
         """
         self._learn()
         own = {"settings": repr(self.config), **self._common_state()}
-        with self._telling_errors():
-            self.ranks.compare({**facts, **own}, "what they start from")
-
-    @contextmanager
-    def _telling_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            tell(self.observers, "on_error", error)
-            raise
+        self._agreement.compare({**facts, **own})
 
     def ddp_around(self, groups: Sequence[Sequence[Tensor]]) -> Collection[nn.Module]:
         """The DDP modules that wrap the parameters, looked for once."""
-        if self._ddp is None:
-            self._ddp = ddp_around(groups)
-        return self._ddp
+        return self._agreement.ddp_around(groups)
+
+    def _tell_error(self, error: Exception) -> None:
+        tell(self.observers, "on_error", error)
 
     def _common_state(self) -> dict[str, Number]:
         """The state as far as ranks share it: what each has dropped is its own affair."""
@@ -239,33 +223,22 @@ class Adaptation:
     def agree(
         self, measured: Measured, extra: Tensor | None = None, at_once: bool = True
     ) -> Tensor:
-        """Make a window's row, summed over the ranks.
+        """Make a window's row, summed over the ranks; see `Agreement.sum_`.
 
         Args:
-            measured: its gradients' norms. Of the mean's, where ranks hold shards, this rank's
-                share; otherwise all of it, which is checked to be the same on all ranks.
+            measured: its gradients' norms.
             extra: further numbers to sum over the ranks, in place.
             at_once: whether the sums are needed before the window is closed.
 
         Raises:
-            RuntimeError: ranks do not go together; see `Agreement`.
+            RuntimeError: ranks do not go together.
         """
         row = measured.row(self._losses.take())
         if self._clock and self._clock.untold:
             row[SECONDS] = self._clock.tell()
         if self.ranks.all > 1:
-            for module in self._ddp or ():
-                refuse_join(module)
             self._agreement.set_settings(self.settings())
-            mean = big_columns(row)
-            if not self.ranks.sharded:
-                mean /= self.ranks.all
-            of_all = torch.zeros_like(row[0]) if self.ranks.sharded else mean.sum()
-            extra = row.new_empty(0) if extra is None else extra
-            local = row[: self.num_groups].sum()
-            with self._telling_errors():
-                self._agreement.sum_(row, local, of_all, extra, self.open_window, at_once)
-            row[2 * self.num_groups :] /= self.ranks.model  # counts: of these no rank has a part
+            self._agreement.sum_(row, self.num_groups, extra, self.open_window, at_once)
         return row
 
     def close_window(self, row: Tensor, lr: Callable[[], float]) -> None:
@@ -305,8 +278,7 @@ class Adaptation:
     def _learn(self, together: bool = False) -> None:
         """Take in every queued row. This waits for the device."""
         rows, self._rows = self._rows, []
-        with self._telling_errors():
-            self._agreement.check(together)
+        self._agreement.check(together)
         if self._clock:
             self._clock.hear(read_seconds(rows, self.ranks.data))
         for window in read_rows(rows, self.ranks.data):
@@ -345,9 +317,7 @@ class Adaptation:
             dropped: micro-batches of the open window, which the state leaves behind.
         """
         self._learn()
-        numbers = to_numbers(self._controller.state)
-        numbers["total_dropped"] += dropped
-        return {"version": STATE_VERSION} | numbers
+        return to_saved(self._controller.state, dropped)
 
     def check_numbers(self, numbers: Mapping[str, Number]) -> None:
         """Refuse a state that cannot be loaded, before anything is changed.
@@ -355,18 +325,11 @@ class Adaptation:
         Raises:
             ValueError: it is of another version or shape.
         """
-        version = numbers.get("version")
-        if version != STATE_VERSION:
-            raise ValueError(
-                f"the saved noise state has version {version}, this is version {STATE_VERSION}: "
-                "load the optimizer without its 'noise' entries to start it anew"
-            )
-        from_numbers(self._controller.state, numbers)
+        from_saved(self._controller.state, numbers)
 
     def load_numbers(self, numbers: Mapping[str, Number]) -> None:
         """Go on from a saved state; what was queued since is forgotten."""
-        self.check_numbers(numbers)
-        state = from_numbers(self._controller.state, numbers)
+        state = from_saved(self._controller.state, numbers)
         self._go_on(self._controller.at(state.within(self.config)))
 
     def set_groups(self, names: Sequence[str]) -> None:

@@ -8,13 +8,15 @@ see the same data or draw the same random numbers, which they should not.
 import logging
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from noiseopt.capture import ENDED, device_of, squared_norms
-from noiseopt.distributed import DIGESTS, Ranks, digest, spread
+from noiseopt.capture import ENDED, big_columns, device_of, squared_norms
+from noiseopt.distributed import DIGESTS, Ranks, ddp_around, digest, refuse_join, spread
 
 TOLERANCE = 1e-12  # of the relative variance of the mean gradient's squared norm
 SAME = 1e-14  # what rounding leaves of the relative variance of equal numbers
@@ -29,13 +31,16 @@ class Agreement:
 
     Args:
         ranks: those that take part.
+        on_error: called before an error is raised because they do not go together.
 
     Attributes:
         ranks: those that take part.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, on_error: Callable[[Exception], None]) -> None:
         self.ranks = ranks
+        self._on_error = on_error
+        self._ddp: Collection[nn.Module] | None = None
         self._state: Mapping[str, object] = {}
         self._settings: Mapping[str, object] = {}
         self._digest = 0
@@ -45,6 +50,45 @@ class Agreement:
         self._end: Callable[[], None] | None = None
         self._with_same_data = 0
         self._with_same_randomness = 0
+
+    def see_ranks(
+        self, groups: Sequence[Sequence[Tensor]], process_group: dist.ProcessGroup | None
+    ) -> None:
+        """See, before the first window, that the parameters are shared by these ranks.
+
+        Raises:
+            RuntimeError: there are others than when the hooks were set.
+        """
+        if Ranks.of(groups, process_group) != self.ranks:
+            raise RuntimeError(
+                f"the optimizer was built for {self.ranks.all} rank(s) and now there are others: "
+                "call torch.distributed.init_process_group() and fully_shard() before building it"
+            )
+        if self.ranks.all > 1:
+            self.ddp_around(groups)
+
+    def ddp_around(self, groups: Sequence[Sequence[Tensor]]) -> Collection[nn.Module]:
+        """The DDP modules that wrap the parameters, looked for once."""
+        if self._ddp is None:
+            self._ddp = ddp_around(groups)
+        return self._ddp
+
+    def compare(self, facts: Mapping[str, object]) -> None:
+        """See that every rank starts from the same facts: a collective.
+
+        Raises:
+            RuntimeError: ranks differ, which names what differs and how.
+        """
+        with self._telling_errors():
+            self.ranks.compare(facts, "what they start from")
+
+    @contextmanager
+    def _telling_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            self._on_error(error)
+            raise
 
     def set_state(self, state: Mapping[str, object]) -> None:
         """Say what the decisions to come rest on; it must be the same on all ranks."""
@@ -56,7 +100,7 @@ class Agreement:
         self._settings = settings
 
     def sum_(
-        self, row: Tensor, local: Tensor, mean: Tensor, extra: Tensor, what: str, at_once: bool
+        self, row: Tensor, num_groups: int, extra: Tensor | None, what: str, at_once: bool
     ) -> None:
         """Sum a row over the ranks, in place.
 
@@ -65,35 +109,56 @@ class Agreement:
         `sum_` or `check`: so no rank waits for a slower one.
 
         Args:
-            row: from `Measured.row`.
-            local: the squared norm of this rank's own gradients, 0-d.
-            mean: that of the mean gradient, 0-d, which must be the same on all ranks.
+            row: from `Measured.row`. Of the mean gradient's norms, where ranks hold shards, this
+                rank's share; otherwise all of them, which are checked to be the same on all ranks.
+            num_groups: the parameter groups that it tells of.
             extra: further numbers to sum, in place.
             what: what is summed, for an error.
             at_once: whether the sums are needed now.
 
         Raises:
             RuntimeError: ranks do not go together, as far as the sums were read: on the CPU when
-                they are there, elsewhere by `check`.
+                they are there, elsewhere by `check`; or the loop is inside `model.join()`.
         """
-        self._finish()
-        now = _random_state(row.device)
-        drawn, self._random = now if self._random not in (None, now) else 0, now
-        state = digest((self._digest, self._settings))
-        told = torch.stack([_like(number, row) for number in (local, mean, state, drawn)])
-        numbers = torch.cat([row, told, told.square(), extra])
-        end_sum = self.ranks.begin_sum_(numbers, what)
+        for module in self._ddp or ():
+            refuse_join(module)
+        mean = big_columns(row)
+        if not self.ranks.sharded:
+            mean /= self.ranks.all
+        of_all = torch.zeros_like(row[0]) if self.ranks.sharded else mean.sum()
+        extra = row.new_empty(0) if extra is None else extra
+        with self._telling_errors():
+            self._finish()
+            numbers = self._with_checks(row, row[:num_groups].sum(), of_all, extra)
+            end_sum = self.ranks.begin_sum_(numbers, what)
 
         def end() -> None:
             end_sum()
-            summed, sums, rest = numbers.tensor_split((len(row), len(row) + 2 * len(told)))
+            summed, sums, rest = numbers.tensor_split((len(row), len(numbers) - len(extra)))
             row[:ENDED].copy_(summed[:ENDED])
+            row[2 * num_groups : ENDED] /= self.ranks.model  # counts: of these no rank has a part
             extra.copy_(rest)
             self._sums.append(sums)
 
         self._end, self._windows = end, self._windows + 1
         if at_once or self._windows <= WINDOWS_AT_ONCE:
-            self._finish()
+            with self._telling_errors():
+                self._finish()
+
+    def _with_checks(self, row: Tensor, local: Tensor, mean: Tensor, extra: Tensor) -> Tensor:
+        """What is summed: the row, the numbers that show whether ranks go together, and more.
+
+        Args:
+            row: a window's.
+            local: the squared norm of this rank's own gradients, 0-d.
+            mean: that of the mean gradient, 0-d, which must be the same on all ranks.
+            extra: further numbers.
+        """
+        now = _random_state(row.device)
+        drawn, self._random = now if self._random not in (None, now) else 0, now
+        state = digest((self._digest, self._settings))
+        told = torch.stack([_like(number, row) for number in (local, mean, state, drawn)])
+        return torch.cat([row, told, told.square(), extra])
 
     def _finish(self, together: bool = True) -> None:
         """End the sum that was begun last, and read it where that waits for nothing else."""
@@ -112,8 +177,9 @@ class Agreement:
         Raises:
             RuntimeError: gradients were not synchronised, or ranks hold different states.
         """
-        self._finish(together)
-        self._read(together)
+        with self._telling_errors():
+            self._finish(together)
+            self._read(together)
 
     def _read(self, together: bool) -> None:
         read, self._sums = self._sums, []

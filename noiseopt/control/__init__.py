@@ -15,6 +15,8 @@ from noiseopt.control.rates import adascale_gain as adascale_gain
 from noiseopt.control.rates import bias_correction as bias_correction
 from noiseopt.control.rates import scaled_beta2 as scaled_beta2
 from noiseopt.control.rates import sqrt_gain as sqrt_gain
+from noiseopt.control.saved import from_saved as from_saved
+from noiseopt.control.saved import to_saved as to_saved
 from noiseopt.control.start import Start as Start
 from noiseopt.control.start import group_names as group_names
 from noiseopt.control.state import ControllerState as ControllerState
