@@ -108,7 +108,8 @@ def assert_goes_on_as_if_never_killed(runs):
     whole = (*first.decisions, replace(again, windows=straight[len(first.decisions)].windows))
     assert whole + second.decisions[1:] == straight
     lost = (runs.killed / "decisions.superseded.jsonl").read_text().splitlines()
-    assert from_line(lost[0])[0].num_updates == again.num_updates
+    assert from_line(lost[0])[0] == straight[len(first.decisions)]
+    assert SAVE_EVERY < again.num_updates < straight[-1].num_updates
 
 
 def assert_same_bits(one, other):
