@@ -129,7 +129,7 @@ class NoiseMonitor(NoiseReadings):
 
     def state_dict(self) -> dict[str, Number]:
         """The state as plain numbers. An open window is left behind, and counted."""
-        numbers = self._adaptation.to_numbers(dropped=len(self._capture))
+        numbers = self._adaptation.to_numbers(dropped=self._num_passes)
         return numbers | {"monitor.micro_batches": self._micro_batches}
 
     def load_state_dict(self, state_dict: dict[str, Number]) -> None:
@@ -138,9 +138,19 @@ class NoiseMonitor(NoiseReadings):
         Raises:
             ValueError: it is of another version or number of groups; nothing is changed then.
         """
+        if "monitor.micro_batches" not in state_dict:
+            raise ValueError(
+                "the state lacks 'monitor.micro_batches': it is not of a NoiseMonitor; load what "
+                "NoiseMonitor.state_dict() returned"
+            )
         self._adaptation.load_numbers(state_dict)
         self._micro_batches = int(state_dict["monitor.micro_batches"])
         self._capture.clear()
+        self._started = False  # ranks compare what they go on from, as at the start
+
+    @property
+    def _num_passes(self) -> int:
+        return self._capture.num_skipped + len(self._capture)
 
     def _read_lr(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._user_lrs = [group["lr"] for group in optimizer.param_groups]
@@ -159,9 +169,9 @@ class NoiseMonitor(NoiseReadings):
         if not self._started:
             self._started = True
             adaptation.start(groups, self._process_group)
-        samples = adaptation.window_samples(len(self._capture))
-        self._micro_batches += len(samples)
+        samples = adaptation.window_samples(self._num_passes)
         row = adaptation.agree(self._capture.close(groups, samples, self._loss_scale()))
+        self._micro_batches += len(samples)
         end_row(row, True, big_columns(row).sum().sqrt() > adaptation.max_norm)
         adaptation.close_window(row, self._lr)
 

@@ -6,11 +6,13 @@ sees the factor that the engine puts on it.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from noiseopt.capture.hooks import Hooks
 from noiseopt.capture.norms import begun_norm, joined_norm, unknown_norms
 
 
@@ -36,9 +38,7 @@ class LeafNorms:
         self.norms: list[Tensor] = []
         self.factors: list[Tensor] = []
         self.strays = self.unread = False
-        self._handles: list[Any] = []
-        self._listening = True
-        self._watched: list[tuple[Any, int]] = []
+        self._hooks = Hooks()
         self._unwatched = [(p, index) for index, params in enumerate(groups) for p in params]
         self._watch_unfrozen()
 
@@ -52,11 +52,10 @@ class LeafNorms:
 
         Args:
             loss: the loss.
-            measured: whether the norm is wanted; if not, it is nan.
+            measured: whether the norm is wanted, for which `listen` is needed; if not, it is nan.
         """
         factors: list[Tensor] = []
         handle = loss.register_hook(lambda grad: factors.append(grad.detach()))
-        self._listen(measured)
         self._watch_unfrozen()
         self._arrived.clear()
         self._inside, self._reads = True, measured
@@ -77,38 +76,26 @@ class LeafNorms:
         self.norms, self.factors = [], []
         self.strays = self.unread = False
 
+    def listen(self, wanted: bool) -> None:
+        """Keep the hooks only while the open window is measured."""
+        self._hooks.stand(wanted)
+
     def detach(self) -> None:
         """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def _listen(self, wanted: bool) -> None:
-        """Keep the hooks only while they are wanted: calling them costs."""
-        if wanted == self._listening:
-            return
-        self._listening = wanted
-        if wanted:
-            for param, group in self._watched:
-                self._hook(param, group)
-        else:
-            self.detach()
+        self._hooks.remove()
 
     def _watch_unfrozen(self) -> None:
         """Watch what was frozen until now; ZeRO leaves what is frozen at first as it is."""
         for param, group in self._unwatched:
             if param.requires_grad:
-                self._watch(param, group)
+                self._hooks.add(partial(self._hook, param, group))
         self._unwatched = [pair for pair in self._unwatched if not pair[0].requires_grad]
 
-    def _watch(self, param: Any, group: int) -> None:
-        self._watched.append((param, group))
-        if self._listening:
-            self._hook(param, group)
-
-    def _hook(self, param: Any, group: int) -> None:
-        self._handles.append(param.register_hook(self._reader(param, group)))
-        self._handles.append(param.register_post_accumulate_grad_hook(self._confirm))
+    def _hook(self, param: Any, group: int) -> Sequence[Any]:
+        return (
+            param.register_hook(self._reader(param, group)),
+            param.register_post_accumulate_grad_hook(self._confirm),
+        )
 
     def _reader(self, param: Tensor, group: int) -> Callable[[Tensor], None]:
         def read(grad: Tensor) -> None:

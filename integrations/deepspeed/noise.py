@@ -226,6 +226,7 @@ class EngineNoise(NoiseReadings):
                 self._control.set_max_norm(self._adaptation.max_norm)
             if self._control.makes_windows:
                 self._set_window(self.accumulation_steps)
+        self._leaves.listen(self._adaptation.measures)
         self._loop.begin_window()
 
     def _set_window(self, steps: int) -> None:

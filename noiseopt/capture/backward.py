@@ -41,19 +41,23 @@ class BackwardCapture:
         self._share = share
         self._device = device_of(groups)
         self._groups = [list(params) for params in groups]
-        self._mean: Tensor | None = None
-        self.passes = BackwardPasses(groups, self._read_mean, reads, keep_nonfinite=True)
+        self._means: list[Tensor] = []  # |p.grad|^2 after each pass that a window may end with
+        self.passes = BackwardPasses(groups, self._read_mean, reads, self._have_skipped)
 
     def __len__(self) -> int:
-        """How many backward passes the open window has had."""
+        """How many backward passes the open window has had, without those that were skipped."""
         return len(self.passes)
+
+    @property
+    def num_skipped(self) -> int:
+        """Backward passes before them whose step a GradScaler has skipped."""
+        return self.passes.num_skipped
 
     def add_group(self, params: Sequence[Tensor]) -> None:
         """Watch one more group."""
         self._groups.append(list(params))
         self.passes.add_group(params)
-        if self._mean is not None:
-            self._mean = torch.cat([self._mean, self._mean.new_zeros(1)])
+        self._means = [torch.cat([mean, mean.new_zeros(1)]) for mean in self._means]
 
     def _read_mean(self) -> None:
         if len(self) < self._window_steps():
@@ -63,7 +67,12 @@ class BackwardCapture:
             [grad for p in params if p in watched and (grad := p.grad) is not None]
             for params in self._groups
         ]
-        self._mean = squared_norms(grads, self._device, self._share)
+        self._means.append(squared_norms(grads, self._device, self._share))
+
+    def _have_skipped(self) -> bool:
+        """Whether what whole windows had accumulated was not finite. This waits for the device."""
+        means, self._means = self._means, []
+        return not all(bool(mean.isfinite().all()) for mean in means)
 
     def close(
         self,
@@ -79,7 +88,7 @@ class BackwardCapture:
 
         Args:
             groups: the optimizer's parameters.
-            samples: n_i of each backward, to which the weights are proportional.
+            samples: n_i of each backward, skipped ones first; the weights are proportional to them.
             loss_scale: the factor on every loss.
 
         Raises:
@@ -88,22 +97,33 @@ class BackwardCapture:
                 backward was seen.
         """
         self._check(groups)
-        samples = samples[self._forget_skipped() :]
-        if len(samples) != len(self):
+        mean = self._means[-1] if self._means else None
+        extra = len(self) - self._window_steps()
+        if extra > 0 and self._have_skipped():
+            self.passes.skip(extra)
+        num_passes = self.num_skipped + len(self)
+        if len(samples) != num_passes:
             raise ValueError(
-                f"set_samples() was called {len(samples)} times for {len(self)} backward passes: "
+                f"set_samples() was called {len(samples)} times for {num_passes} backward passes: "
                 "call it once for each, or never"
             )
+        samples = samples[self.num_skipped :]
         parts = torch.stack(self.passes.norms)
-        # A shorter window's sum the loop may have clipped or unscaled: not to be learned from.
-        big = parts.new_full((len(groups),), math.nan) if self._mean is None else self._mean
         self.clear()
         counts = torch.stack([parts.new_full((), value) for value in samples])
         weights = counts / counts.sum()
         scale_sq = torch.as_tensor(loss_scale).to(parts.device, parts.dtype).square()
         small = parts / weights.square()[:, None] / scale_sq
-        used = weights * small.sum(1).isfinite() if self._reads() else weights
+        # A shorter window's sum the loop may have clipped or unscaled: not to be learned from.
+        big = parts.new_full((len(groups),), math.nan) if mean is None else mean
+        used = weights * self._finite(small, mean)
         return Measured(small, big / scale_sq, counts, used, None)
+
+    def _finite(self, small: Tensor, mean: Tensor | None) -> Tensor | bool:
+        """Which micro-batches were finite, as far as it is known."""
+        if self._reads():
+            return small.sum(1).isfinite()
+        return True if mean is None else mean.sum().isfinite()
 
     def _check(self, groups: Sequence[Sequence[Tensor]]) -> None:
         missing = [
@@ -124,19 +144,10 @@ class BackwardCapture:
                 "of the watched parameters first"
             )
 
-    def _forget_skipped(self) -> int:
-        """Forget windows whose step a GradScaler skipped; return how many backwards they had."""
-        extra = len(self) - self._window_steps()
-        norms = self.passes.norms
-        if extra <= 0 or bool(torch.stack(norms).isfinite().all()):
-            return 0
-        del norms[:extra]
-        return extra
-
     def clear(self) -> None:
         """Forget the open window."""
         self.passes.clear()
-        self._mean = None
+        self._means = []
 
     def detach(self) -> None:
         """Remove the hooks."""

@@ -8,6 +8,7 @@ kept.
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.function import BackwardCFunction
 
+from noiseopt.capture.hooks import Hooks
 from noiseopt.capture.norms import begun_norm, device_of, joined_norm, unknown_norms
 from noiseopt.capture.sharding import Slot, is_sharded, settled, share_among, unsharded_leaves
 
@@ -26,11 +28,12 @@ class BackwardPasses:
         groups: the parameters of each group. Frozen ones are passed over.
         ended: called at the end of each pass.
         reads: tells whether the norms of the open window are wanted; if not, they are nan.
-        keep_nonfinite: whether passes that are not finite are kept though their gradients are
-            thrown away, as by a GradScaler that skips the step. To know, it waits for the device.
+        skips: tells of passes whose gradients were thrown away whether that was for not being
+            finite, as by a GradScaler that skips the step.
 
     Attributes:
         norms: |h|^2 of each pass since the last `clear`, shape (groups,).
+        num_skipped: passes since then that were thrown away for not being finite.
         paused: whether gradients go by unread.
         watched: the parameters, each with its group.
         leaves: the tensors in which autograd accumulates their gradients, each with its parameter;
@@ -47,22 +50,21 @@ class BackwardPasses:
         groups: Sequence[Sequence[Tensor]],
         ended: Callable[[], None],
         reads: Callable[[], bool],
-        keep_nonfinite: bool = False,
+        skips: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._keep_nonfinite = keep_nonfinite
+        self._skips = skips
         self._ended = ended
         self._reads = reads
         self._num_groups = len(groups)
         self._device = device_of(groups)
-        self._handles: list[Any] = []
-        self._listening = True
-        self._reading: list[Any] = []  # the handles of what reads gradients
+        self._following, self._reading = Hooks(), Hooks()
         self._passing: dict[Tensor, Tensor] = {}
         self._starts_anew = False
         self._current: list[list[tuple[Tensor, Tensor]]] = []
         self._brought: set[Tensor] = set()
         self._task = -1
         self.norms: list[Tensor] = []
+        self.num_skipped = 0
         self.watched: dict[Tensor, int] = {}
         self.leaves: dict[Tensor, Tensor] = {}
         self.model_ranks = 1
@@ -82,25 +84,23 @@ class BackwardPasses:
 
     def clear(self) -> None:
         """Forget what was read."""
-        self.norms, self._current = [], []
+        self.norms, self._current, self.num_skipped = [], [], 0
         self._passing.clear()
         self._brought.clear()
 
+    def skip(self, number: int) -> None:
+        """Count so many passes, the oldest, as thrown away for not being finite."""
+        self.num_skipped += number
+        del self.norms[:number]
+
     def listen(self, wanted: bool) -> None:
-        """Keep the hooks that read gradients only while that is wanted: calling them costs."""
-        if wanted == self._listening:
-            return
-        self._listening = wanted
-        if wanted:
-            for leaf, param in self.leaves.items():
-                self._read(leaf, param)
-        else:
-            _remove(self._reading)
+        """Keep the hooks that read gradients only while that is wanted."""
+        self._reading.stand(wanted)
 
     def detach(self) -> None:
         """Remove the hooks."""
-        _remove(self._reading)
-        _remove(self._handles)
+        self._reading.remove()
+        self._following.remove()
         self.watched.clear()
         self.leaves.clear()
 
@@ -111,8 +111,7 @@ class BackwardPasses:
         managed: set[Tensor] = set()
         for module, slots in unsharded_leaves(trained):
             managed.update(param for _, _, param in slots)
-            hook = module.register_forward_pre_hook(self._follow(slots))
-            self._handles.append(hook)
+            self._following.add(partial(_before_forward, module, self._follow(slots)))
         for param in trained:
             if param not in managed:
                 self._attach(param, param)
@@ -132,10 +131,9 @@ class BackwardPasses:
         hooked: Any = leaf
         if is_sharded(leaf):
             self.model_ranks = max(self.model_ranks, hooked.device_mesh.size())
-        if self._listening:
-            self._read(leaf, param)
+        self._reading.add(partial(self._read, leaf, param))
 
-    def _read(self, leaf: Tensor, param: Tensor) -> None:
+    def _read(self, leaf: Tensor, param: Tensor) -> Sequence[Any]:
         hooked: Any = leaf
 
         def before(grad: Tensor) -> None:
@@ -149,8 +147,7 @@ class BackwardPasses:
             if not self.paused:
                 self._take(leaf, param)
 
-        self._reading.append(hooked.register_hook(before))
-        self._reading.append(hooked.register_post_accumulate_grad_hook(after))
+        return hooked.register_hook(before), hooked.register_post_accumulate_grad_hook(after)
 
     def _take(self, leaf: Tensor, param: Tensor) -> None:
         task = torch._C._current_graph_task_id()
@@ -170,8 +167,8 @@ class BackwardPasses:
         """Forget passes whose gradients were set to None since, as a GAN's other half has it."""
         if not self.norms or any(p.grad is not None for p in self._brought if p is not newest):
             return
-        if self._keep_nonfinite and not bool(torch.stack(self.norms).isfinite().all()):
-            return
+        if self._skips():
+            self.skip(len(self))
         self.norms = []
         self._brought.clear()
 
@@ -195,10 +192,8 @@ class BackwardPasses:
         return sum(parts, joined_norm([], self._device))
 
 
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
-    handles.clear()
+def _before_forward(module: nn.Module, hook: Callable[[nn.Module, Any], None]) -> Sequence[Any]:
+    return (module.register_forward_pre_hook(hook),)
 
 
 def _refuse_nested_backward() -> None:

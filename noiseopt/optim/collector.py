@@ -334,7 +334,7 @@ class GradientCollector:
     def _take_window(self, capture: BackwardCapture, groups: Groups) -> Ended:
         """End a window that the loop has accumulated; what it did to `p.grad` since is applied."""
         steps = len(capture)
-        samples = self._adaptation.window_samples(steps)
+        samples = self._adaptation.window_samples(capture.num_skipped + steps)
         measured = capture.close(groups, samples, self.loss_scale)
         grads = [grad for p in (p for g in groups for p in g) if (grad := p.grad) is not None]
         applied = squared_norms([grads], self._device, self._share)

@@ -229,10 +229,12 @@ class NoiseAware(AppliesMeans):
         finally:
             self._collector.clear(keep_memory=True)
         end_row(ended.row, self._applied, clipped)
-        self._adaptation.close_window(ended.row, self._user_lr)
-        if self._adaptation.steps == 1:
-            self._collector.clear(keep_memory=False)
-        self._collector.open_window()
+        try:
+            self._adaptation.close_window(ended.row, self._user_lr)
+        finally:  # an observer that raises finds everything in place
+            if self._adaptation.steps == 1:
+                self._collector.clear(keep_memory=False)
+            self._collector.open_window()
 
     def _only_builds_state(self, params: list[Tensor]) -> bool:
         """Whether this is the zero step by which checkpointing makes an optimizer build its state.

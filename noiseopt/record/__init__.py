@@ -16,9 +16,9 @@ A start has `version` (of noiseopt) and the fields of `noiseopt.control.Start`, 
 `noiseopt.control.Decision`, where they are described. `windows` holds a list for each window, the
 fields of `noiseopt.control.Window` in their order. The lines are strict JSON: floats that are not
 finite are the strings "inf", "-inf" and "nan". Fields that came later are left out where they say
-nothing (`noiseopt.record.lines.LATER`): of the settings `objective`, if it is "updates"; of a
-decision `seconds` and `pace`, if they are None; of the state `timing`, unless the objective is
-"time".
+nothing (`noiseopt.record.lines.LATER`): of the settings `objective`, if it is "updates", and
+`measure_interval`, if it is 1; of a decision `seconds` and `pace`, if they are None; of the state
+`timing`, unless the objective is "time".
 
 Files are bounded: a full `decisions.jsonl` becomes `decisions.part1.jsonl`, that becomes
 `decisions.part2.jsonl`, and so on; the oldest goes. Each begins with a start. What a resumed run

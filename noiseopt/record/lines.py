@@ -25,10 +25,10 @@ from noiseopt.estimate import WindowNorms
 SCHEMA = 2
 KINDS = ("start", "decision")
 
-# Left out where they hold their defaults, as they are in records from before there were any.
-LATER: dict[type, tuple[str, ...]] = {
-    NoiseConfig: ("objective",),
-    Decision: ("seconds", "pace"),
+# What records from before there were these fields stand for: left out where they hold it.
+LATER: dict[type, dict[str, Any]] = {
+    NoiseConfig: {"objective": "updates", "measure_interval": 1},
+    Decision: {"seconds": None, "pace": None},
 }
 IN_ORDER = (Window, WindowNorms)  # written as lists, without names: they are most of a record
 
@@ -109,11 +109,12 @@ def _encode(value: Any) -> Any:
     if isinstance(value, IN_ORDER):
         return [_encode(getattr(value, item.name)) for item in fields(value)]
     if is_dataclass(value):
-        later = LATER.get(type(value), ())
+        later = LATER.get(type(value), {})
+        values = {item.name: getattr(value, item.name) for item in fields(value)}
         return {
-            item.name: _encode(getattr(value, item.name))
-            for item in fields(value)
-            if item.name not in later or getattr(value, item.name) != item.default
+            name: _encode(item)
+            for name, item in values.items()
+            if name not in later or item != later[name]
         }
     if isinstance(value, tuple):
         return [_encode(item) for item in value]
@@ -155,17 +156,17 @@ def _tuple_decoder(kind: Any, item: Callable[[Any], Any]) -> Callable[[Any], Any
 
 def _fields_decoder(kind: Any) -> Callable[[Any], Any]:
     decoders = {name: _decoder(hint) for name, hint in get_type_hints(kind).items()}
-    names = tuple(decoders)
+    names, later = tuple(decoders), LATER.get(kind, {})
 
     def decode(value: Any) -> Any:
         if kind in IN_ORDER and type(value) is list:
             value = dict(zip(names, value, strict=False))
         if type(value) is not dict:
             raise _not(kind, value)
-        missing = decoders.keys() - value - set(LATER.get(kind, ()))
+        missing = decoders.keys() - value.keys() - later.keys()
         if missing:
             raise ValueError(f" lacks {', '.join(sorted(missing))}")
-        found, name = {}, ""
+        found, name = dict(later), ""
         try:
             for name, decoder in decoders.items():
                 if name in value:

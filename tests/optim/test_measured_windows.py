@@ -101,3 +101,78 @@ def test_a_resumed_run_measures_the_same_windows():
     resumed.load_state_dict(first.state_dict())
     accumulate(model, resumed, batches[half:])
     assert windows_of(resumed) == windows_of(straight)[NUMBER - 7 :]
+
+
+def gan(every, told, monitored):
+    """A loop that brings gradients which it throws away, as a GAN's other half has it."""
+    model = build()
+    config = external(advise(1, decision_interval=1, measure_interval=every))
+    if monitored:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        noise = NoiseMonitor(optimizer, config)
+    else:
+        noise = optimizer = NoiseAwareAdamW(model.parameters(), lr=1e-2, noise=config)
+    for batch in draw(NUMBER):
+        (3 * loss_of(model, batch)).backward()
+        optimizer.zero_grad()
+        if told:
+            noise.set_samples(4)
+        loss_of(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return noise
+
+
+@pytest.mark.parametrize("monitored", [False, True])
+@pytest.mark.parametrize("told", [False, True])
+def test_gradients_that_are_thrown_away_are_no_micro_batches(told, monitored):
+    some, all_read = (gan(every, told, monitored) for every in (4, 1))
+    assert [w.micro_batches for w in windows_of(some)] == [1] * NUMBER
+    assert [w.norms.big_sq for w in windows_of(some)] == [
+        w.norms.big_sq for w in windows_of(all_read)
+    ]
+    if monitored:
+        assert some.micro_batches == NUMBER
+
+
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_a_window_whose_step_a_scaler_skips_is_forgotten(set_to_none):
+    """An inf in a window that is not measured: the next one is whole."""
+    lost = MEASURED_AT_FIRST + 1
+    model = build(torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    config = advise(STEPS, decision_interval=1, measure_interval=4)
+    monitor = NoiseMonitor(optimizer, config, grad_scaler=scaler)
+    batches = draw(STEPS * NUMBER, dtype=torch.float32)
+    batches[STEPS * lost][0][0, 0] = math.inf
+    for at in range(0, len(batches), STEPS):
+        for batch in batches[at : at + STEPS]:
+            monitor.set_samples(4)
+            scaler.scale(loss_of(model, batch) / STEPS).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none)
+    found = windows_of(monitor)
+    assert len(found) == NUMBER - 1
+    assert [w.micro_batches for w in found] == [STEPS] * len(found)
+    assert all(math.isfinite(sum(w.norms.big_sq)) for w in found)
+    assert monitor.micro_batches == STEPS * NUMBER
+
+
+def test_under_a_monitor_what_is_not_finite_is_counted_as_skipped():
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    monitor = NoiseMonitor(optimizer, advise(1, decision_interval=1, measure_interval=4))
+    at = MEASURED_AT_FIRST + 1
+    batches = draw(NUMBER)
+    batches[at][0][0, 0] = math.nan
+    for batch in batches:
+        loss_of(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    # What torch applies makes the weights nan, and all that follows.
+    assert [window.skipped for window in windows_of(monitor)] == [
+        int(index >= at) for index in range(NUMBER)
+    ]
+    assert monitor.decision.samples_seen == at

@@ -3,13 +3,14 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from noiseopt.control import Start
-from noiseopt.record import from_line, to_line
+from noiseopt.record import from_line, read, replay, to_line
 from tests.record.simulated import CONFIG, Simulated
 
 DECISIONS = Simulated(groups=("decayed", "rest")).run()
@@ -31,8 +32,17 @@ def test_every_decision_is_kept(decision):
     assert from_line(to_line(decision))[0] == decision
 
 
+def test_records_from_before_there_was_time_are_read_and_replayed():
+    """The file was written by the version before `measure_interval` and `objective`."""
+    found = read(Path(__file__).with_name("earlier.jsonl"))
+    (stretch,) = found.stretches
+    assert stretch.start.config.objective == "updates"
+    assert stretch.start.config.measure_interval == 1
+    assert [decision.num_updates for decision in stretch.decisions] == [10, 20]
+    assert all(replayed.same for replayed in replay(found))
+
+
 def test_a_line_says_no_more_than_before_there_was_time():
-    """Records of the default objective are those of earlier versions, and are read alike."""
     start, decision = (json.loads(to_line(item)) for item in (START, FIRST))
     assert "objective" not in start["config"]
     assert not any(name.startswith("timing") for name in start["state"])
