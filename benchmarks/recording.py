@@ -33,8 +33,8 @@ def commit(*code: str) -> str:
             return "unknown"
         return done.stdout.strip()
 
-    changed = "+changes" if git("status", "--porcelain", "--", *code) else ""
-    return git("rev-parse", "--short", "HEAD") + changed
+    head, changed = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "--", *code)
+    return f"{head}+changes" if changed and head != "unknown" else head
 
 
 def origin_of(

@@ -47,6 +47,7 @@ if sys.path[0] == str(Path(__file__).resolve().parent):
 from benchmarks import recording
 from benchmarks.convergence.arms import MAX_NORM
 from benchmarks.convergence.plan import TUNING_SEEDS
+from benchmarks.convergence.table import by_arm, mean_loss
 from benchmarks.convergence.train import BETA1, validate
 from benchmarks.convergence.workloads import WORKLOADS, Batch, Workload
 from benchmarks.ranks import on_ranks
@@ -320,16 +321,13 @@ def validated(
 
 
 def tuned(workload: str) -> dict[str, tuple[float, tuple[float, float]]]:
-    """Each constant's lowest loss in the convergence tuning, with its rate and beta2."""
+    """Each constant's mean loss in the convergence tuning, with the rate and beta2 chosen there."""
     records = json.loads((RESULTS / "convergence.json").read_text())
-    best: dict[str, Any] = {}
-    for record in records:
-        arm, split = record["arm"], (record["workload"], record["split"], record["seed"])
-        if split != (workload, "tuning", TUNING_SEEDS[0]) or arm not in CONSTANTS:
-            continue
-        loss = math.inf if record["val_loss"] is None else record["val_loss"]
-        if arm not in best or loss < best[arm][0]:
-            best[arm] = loss, (record["config"]["lr"], record["config"]["beta2"])
+    found = by_arm(records, workload, "tuning")
+    best = {}
+    for arm in CONSTANTS:
+        config = next(iter(found[arm].values()))["config"]
+        best[arm] = mean_loss(found[arm]), (config["lr"], config["beta2"])
     return best
 
 
@@ -520,9 +518,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if argv is None else argv
     origin = recording.origin_of("wallclock.py", given, ("noiseopt", "benchmarks/convergence"))
     runs: list[Run] = []
-    if output:
-        output.unlink(missing_ok=True)
     for found in rounds(plan):
+        if output and not runs:
+            output.unlink(missing_ok=True)  # only now, so that a failed start loses nothing
         runs += found
         for run in found:
             print(f"{run.role} {run.seed} {run.arm}: {run.curve[-1][3]:.4f} in {run.seconds:.1f} s")

@@ -11,7 +11,7 @@ from typing import Any
 from noiseopt.control.config import NoiseConfig
 from noiseopt.control.costs import ENOUGH, Timing
 from noiseopt.control.decision import Decision, Window
-from noiseopt.control.goodput import pace
+from noiseopt.control.goodput import pace, timed_steps
 from noiseopt.control.proposal import Change, propose
 from noiseopt.control.rates import RateRule, Rates
 from noiseopt.control.state import ControllerState
@@ -100,10 +100,7 @@ class Controller:
         is_turn = num_windows // config.decision_interval % 2 == 1
         if not is_turn or state.timing.probes(steps) > ENOUGH:
             return None
-        if 2 * steps <= config.max_accumulation_steps:
-            return 2 * steps
-        half = steps // 2
-        return half if half >= config.min_accumulation_steps else None
+        return timed_steps(config, steps)
 
     def _noise_steps(self, num_windows: int) -> int:
         """The decided length, or a probe of two where windows of one gradient show no noise."""

@@ -7,8 +7,9 @@ the median over pairs, which an evaluation or a stall between two decisions does
 
 import math
 import statistics
+from bisect import bisect_left
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import accumulate, combinations
 
 POINTS = 32  # decisions: so fast are the costs followed
 ENOUGH = 3  # points on either side
@@ -125,13 +126,12 @@ def _error(fit: Costs, points: list[tuple[float, float]], middle: float) -> floa
 
 
 def _slope(points: list[tuple[float, float]]) -> float:
-    """The median of the slopes between points, weighted by their distance along x."""
+    """The median of the slopes between points, weighted by their distance along x.
+
+    Some lie apart along x.
+    """
     pairs = sorted(
         ((y - v) / (x - u), abs(x - u)) for (x, y), (u, v) in combinations(points, 2) if x != u
     )
-    half, passed = sum(weight for _, weight in pairs) / 2, 0.0
-    for slope, weight in pairs:
-        passed += weight
-        if passed >= half:
-            return slope
-    raise ValueError("all points have the same x")
+    passed = list(accumulate(weight for _, weight in pairs))
+    return pairs[bisect_left(passed, passed[-1] / 2)][0]

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from noiseopt.control.config import NoiseConfig
-from noiseopt.control.costs import Costs
+from noiseopt.control.costs import APART, Costs
 from noiseopt.control.state import ControllerState
 from noiseopt.estimate import NoiseEstimate
 
@@ -45,6 +45,20 @@ def pace(config: NoiseConfig, state: ControllerState, noise: NoiseEstimate | Non
     gains = {to: gain(costs, noise, state.caution, steps, to) for to in _neighbours(config, state)}
     best = max(gains, key=lambda to: gains[to], default=steps)
     return Pace(*known, best, gains.get(best, 1.0))
+
+
+def timed_steps(config: NoiseConfig, steps: int) -> int | None:
+    """Another length that tells an update's time from a micro-batch's; None if none is allowed.
+
+    Example:
+        >>> timed_steps(NoiseConfig(max_accumulation_steps=6), 4), timed_steps(NoiseConfig(), 1)
+        (6, 2)
+    """
+    larger = min(2 * steps, config.max_accumulation_steps)
+    if larger >= APART * steps:
+        return larger
+    smaller = max(steps // 2, config.min_accumulation_steps)
+    return smaller if steps >= APART * smaller else None
 
 
 def gain(costs: Costs, noise: NoiseEstimate, caution: float, steps: int, to: int) -> float:

@@ -17,7 +17,7 @@ import math
 from dataclasses import dataclass
 
 from noiseopt.control.config import NoiseConfig
-from noiseopt.control.goodput import Pace
+from noiseopt.control.goodput import Pace, timed_steps
 from noiseopt.control.state import ControllerState
 from noiseopt.estimate import NoiseEstimate, noise_fraction
 
@@ -74,7 +74,7 @@ def propose(
 
 def unknown(config: NoiseConfig, state: ControllerState) -> str:
     """Why there is no estimate yet, in words."""
-    if state.accumulation_steps > 1:
+    if state.accumulation_steps * state.gradients_per_step > 1:
         return f"noise unknown: {state.estimator.windows} windows measured so far"
     if config.mode == "auto" and config.probe_interval:
         return (
@@ -118,7 +118,7 @@ def _revert(state: ControllerState) -> Change:
 def _by_goodput(config: NoiseConfig, state: ControllerState, pace: Pace | None) -> Change:
     steps = state.accumulation_steps
     if pace is None or pace.gain is None:
-        return Change("hold", steps, _costs_unknown(config))
+        return Change("hold", steps, _costs_unknown(config, steps))
     costs = (
         f"an update costs {pace.per_update:.3g} s and a micro-batch {pace.per_micro_batch:.3g} s"
     )
@@ -132,11 +132,16 @@ def _by_goodput(config: NoiseConfig, state: ControllerState, pace: Pace | None) 
     return Change("grow" if pace.steps > steps else "shrink", pace.steps, compared)
 
 
-def _costs_unknown(config: NoiseConfig) -> str:
+def _costs_unknown(config: NoiseConfig, steps: int) -> str:
     one = "costs unknown: windows of one length do not tell an update's time from a micro-batch's"
-    if config.mode == "auto" and config.min_accumulation_steps < config.max_accumulation_steps:
-        return f"{one}; some decisions' windows are of another, to be timed"
-    return f"{one}, and no others are made"
+    if config.mode != "auto":
+        return f"{one}, and no others are made"
+    if timed_steps(config, steps) is None:
+        return (
+            f"{one}, and no other that is allowed is far enough from {steps}: set "
+            f"max_accumulation_steps >= {2 * steps}"
+        )
+    return f"{one}; some decisions' windows are of another, to be timed"
 
 
 def _shrink(config: NoiseConfig, state: ControllerState, noise: NoiseEstimate) -> Change | None:

@@ -24,7 +24,10 @@ PLAN = Plan(((1, 40), (2, 20), (4, 10), (2, 10), (1, 40)))
 
 @pytest.fixture(autouse=True)
 def one_thread():
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Line(nn.Module):

@@ -58,7 +58,10 @@ TINY = Workload("line", Line, line_data, micro_batches=STEPS, micro_batch=8, lr=
 
 @pytest.fixture(autouse=True)
 def one_thread():
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

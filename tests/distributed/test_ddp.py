@@ -429,6 +429,20 @@ def rarely_measured(rank, every):
     return seen(optimizer, net)
 
 
+def raising_observer(rank):
+    """An observer that raises at every decision, in a loop that goes on."""
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(1))
+    optimizer.add_observer(lambda decision: 1 / 0)
+    wrapped = DistributedDataParallel(net)
+    for batch in part(draw(80 * RANKS), rank):
+        loss_of(wrapped, batch).backward()
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step()
+        optimizer.zero_grad()
+    return seen(optimizer, net)
+
+
 def low_rank(rank):
     net = LowRank()
     optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
@@ -510,6 +524,7 @@ CASES = {
     "thawed": thawed,
     "low rank": low_rank,
     "all measured": functools.partial(rarely_measured, every=1),
+    "raising observer": raising_observer,
     "some measured": functools.partial(rarely_measured, every=4),
     "copied": copied_in_a_group,
     "alone": a_group_of_one,
@@ -555,6 +570,14 @@ def test_not_every_window_need_be_measured(ranks):
     everything, _ = result(ranks, "all measured")
     assert_rarely_measured(first["windows"], everything["windows"], 4, 1e-12)
     assert torch.equal(first["weights"], everything["weights"])
+
+
+def test_an_observer_that_raises_leaves_the_windows_as_they_are(ranks):
+    first, second = result(ranks, "raising observer")
+    assert_agreed(first, second)
+    some, _ = result(ranks, "some measured")
+    assert first["windows"] == some["windows"]
+    assert torch.equal(first["weights"], some["weights"])
 
 
 @pytest.mark.parametrize(("name", "rel"), [("fp32", 1e-5), ("bf16", 1e-2)])

@@ -12,7 +12,9 @@ def records(folder: Path):
     """Yield the records of an offline run so far: a LevelDB log of protocol buffers."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    content = b"".join(path.read_bytes() for path in folder.rglob("*.wandb"))
+    files = list(folder.rglob("*.wandb"))
+    assert len(files) <= 1, files
+    content = b"".join(path.read_bytes() for path in files)
     if len(content) < 7:
         return  # wandb's own process has not begun to write
     assert content[:4] == b":W&B"

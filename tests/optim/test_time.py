@@ -32,10 +32,12 @@ class FakeClock:
         return self.now
 
 
-def run(config, micro_batches, passes, seed=0):
+def run(config, micro_batches, passes, seed=0, observers=()):
     """The plain loop; `passes` has time pass, by whether there was an update."""
     net = build()
     optimizer = NoiseAwareAdamW(net.parameters(), lr=1e-3, noise=config)
+    for observer in observers:
+        optimizer.add_observer(observer)
     for batch in draw(micro_batches, seed=1 + seed):
         loss_of(net, batch).backward()
         optimizer.step()
@@ -89,19 +91,13 @@ def test_real_sleeps_are_told_apart():
         time.sleep(0.002 + 0.012 * applied)
 
     last = run(replace(TIMED, decision_interval=2), 120, sleeps).decision
+    assert last.pace is not None, last.reason
     assert last.pace.per_update > 2 * last.pace.per_micro_batch > 0.002
 
 
 def test_a_recorded_run_decides_alike_again(clock, tmp_path):
-    net = build()
-    optimizer = NoiseAwareAdamW(net.parameters(), lr=1e-3, noise=TIMED)
-    optimizer.add_observer(DecisionLog(tmp_path / "decisions.jsonl"))
-    passes = advancing(clock)
-    for batch in draw(800):
-        loss_of(net, batch).backward()
-        optimizer.step()
-        passes(optimizer.applied)
-        optimizer.zero_grad()
+    log = DecisionLog(tmp_path / "decisions.jsonl")
+    run(TIMED, 800, advancing(clock), observers=[log])
     again = list(replay(read(tmp_path / "decisions.jsonl")))
     assert any(replayed.recorded.action == "grow" for replayed in again)
     assert all(replayed.same for replayed in again)

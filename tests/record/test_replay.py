@@ -130,17 +130,6 @@ def test_a_stretch_keeps_to_its_own_bounds(path):
     assert all(replayed.same for replayed in again)
 
 
-def test_the_default_objective_decides_as_before_there_was_another():
-    """The changes of this run at version 332d5fe, whose lines were the same to the last digit."""
-    decisions = Simulated().run(600)
-    changes = [(d.num_updates, d.action, d.accumulation_steps) for d in decisions]
-    assert [change for change in changes if change[1] != "hold"] == [
-        (339, "grow", 2),
-        (459, "grow", 3),
-        (579, "grow", 6),
-    ]
-
-
 def test_times_are_recorded_and_decided_by_again(path):
     record = recorded(path, TIMED)
     assert any("goodput" in d.reason for d in record.decisions if d.action == "grow")

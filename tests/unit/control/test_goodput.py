@@ -57,7 +57,6 @@ def test_steps_lead_to_the_optimum(scale, per_update):
 
     costs = Costs(per_update, 1.0, 1.0, 1.0)
     best = max(math.sqrt(per_update * scale / 8), 1)
-    assert all(goodput(best) >= goodput(max(best * factor, 1)) for factor in (0.9, 1.1))
     config = replace(CONFIG, max_accumulation_steps=1024)
     for start in (1, 512):
         steps = start
@@ -190,6 +189,37 @@ def test_windows_are_probed_until_costs_are_known_and_rarely_later(run_of):
     assert np.mean(known[known.index(True) :]) > 0.9
     timed = [w.micro_batches == 2 for w in run.windows]
     assert 0.05 < np.mean(timed[len(timed) // 2 :]) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("low", "start", "high", "other"), [(3, 3, 5, 5), (3, 6, 8, 3), (1, 1, 2, 2), (2, 4, 4, 2)]
+)
+def test_any_length_that_is_far_enough_is_timed(run_of, low, start, high, other):
+    config = NoiseConfig(
+        objective="time",
+        min_accumulation_steps=low,
+        accumulation_steps=start,
+        max_accumulation_steps=high,
+        samples_per_micro_batch=8,
+    )
+    run = run_of(Controller.create(config, sqrt_gain), lambda seen: 100.0, costs=noisy)
+    run.until(8 * start * 200)
+    assert other in {w.micro_batches for w in run.windows}
+    assert run.decisions[-1].pace is not None
+
+
+def test_a_range_that_is_too_narrow_to_be_timed_says_so(run_of):
+    config = NoiseConfig(
+        objective="time",
+        min_accumulation_steps=3,
+        accumulation_steps=3,
+        max_accumulation_steps=4,
+        samples_per_micro_batch=8,
+    )
+    run = run_of(Controller.create(config, sqrt_gain), lambda seen: 100.0, costs=noisy)
+    run.until(8 * 3 * 200)
+    assert {w.micro_batches for w in run.windows} == {3}
+    assert "max_accumulation_steps >= 6" in run.decisions[-1].reason
 
 
 def test_nothing_is_probed_for_other_objectives_or_without_leave():
