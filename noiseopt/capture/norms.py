@@ -33,7 +33,10 @@ def squared_norms(
     """
     if share is not None:
         return torch.stack([_shared_norm(grads, device, share) for grads in groups])
-    return torch.stack([_squared_norm(list(map(local, grads)), device) for grads in groups])
+    held = [list(map(local, grads)) for grads in groups]
+    if device.type == "cpu" and all(grad.is_cpu for grads in held for grad in grads):
+        return torch.tensor([_sum_cpu(grads) for grads in held], dtype=sum_dtype(device))
+    return torch.stack([_squared_norm(grads, device) for grads in held])
 
 
 def begun_norm(grad: Tensor) -> Tensor:
@@ -82,15 +85,15 @@ def _shared_norm(grads: Sequence[Tensor], device: torch.device, share: Share) ->
 
 
 def _squared_norm(grads: Sequence[Tensor], device: torch.device) -> Tensor:
-    if device.type == "cpu" and grads and all(grad.is_cpu for grad in grads):
-        return _squares_cpu(grads).sum(dtype=sum_dtype(device))
     by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
     for grad in grads:
         by_device[grad.device].append(grad)
     total = torch.zeros((), dtype=sum_dtype(device), device=device)
     for source, tensors in by_device.items():
-        squares = _squares_cpu(tensors) if source.type == "cpu" else _squares_foreach(tensors)
-        total += squares.sum(dtype=sum_dtype(source)).to(device, non_blocking=True)
+        if source.type == "cpu":
+            total += _sum_cpu(tensors)
+        else:
+            total += _squares_foreach(tensors).sum().to(device, non_blocking=True)
     return total
 
 
@@ -100,18 +103,16 @@ def _plain(grad: Tensor) -> Tensor:
     return torch.view_as_real(grad) if grad.is_complex() else grad
 
 
-def _squares_cpu(grads: Sequence[Tensor]) -> Tensor:
-    """|g|^2 of each, in any order, in fp64."""
+def _sum_cpu(grads: Sequence[Tensor]) -> float:
+    """|g|^2 of all together, as plain numbers: reading them takes less than stacking them."""
     few: list[Tensor] = []
     many: list[Tensor] = []
     for grad in grads:
         exact = grad.dtype is torch.float32 and grad.layout is torch.strided
         (few if exact and grad.numel() <= _FEW else many).append(grad)
     # One call for all is what counts where each is small; its sums of many squares are inexact.
-    squares = [torch.stack(torch._foreach_norm(few)).double().square()] if few else []
-    if many:
-        squares.append(torch.stack([_square_cpu(grad) for grad in many]).double())
-    return torch.cat(squares)
+    norms = [norm.item() for norm in torch._foreach_norm(few)] if few else []
+    return sum(norm * norm for norm in norms) + sum(_square_cpu(grad).item() for grad in many)
 
 
 def _square_cpu(grad: Tensor) -> Tensor:

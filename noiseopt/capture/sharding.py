@@ -11,7 +11,7 @@ Share = Callable[[Tensor], float]
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, of which this rank holds a part."""
-    return hasattr(tensor, "device_mesh")
+    return type(tensor) is not Tensor and hasattr(tensor, "device_mesh")
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -116,12 +116,13 @@ def wide_type(param: Tensor) -> torch.dtype:
     return _WIDE.get(param.dtype, param.dtype)
 
 
-def scale_all(tensors: Sequence[Tensor], factor: Tensor) -> None:
+def scale_all(tensors: Sequence[Tensor], factor: Tensor | float) -> None:
     """Multiply tensors in place, dense or sparse, on any devices.
 
     Args:
         tensors: what to scale.
-        factor: 0-d. Elsewhere than on the CPU nothing waits for it, unless a tensor is sparse.
+        factor: a number, or 0-d. Elsewhere than on the CPU nothing waits for it, unless a tensor
+            is sparse.
     """
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for tensor in map(local, tensors):
@@ -130,7 +131,7 @@ def scale_all(tensors: Sequence[Tensor], factor: Tensor) -> None:
         else:
             tensor.mul_(float(factor))
     for (device, dtype), dense in by_kind.items():
-        if device.type == "cpu":
+        if device.type == "cpu" or not isinstance(factor, Tensor):
             torch._foreach_mul_(dense, float(factor))
         else:
             torch._foreach_mul_(dense, factor.to(device, dtype, non_blocking=True))

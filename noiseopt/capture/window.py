@@ -98,7 +98,7 @@ class GradientWindow:
                 self._sums.add(pairs_of(groups), self._newest_factor)
             return None
         if len(self) == 1 and not self._of_sums:
-            return self._measured(norms, None)
+            return self._measured(norms)
         if finite is False:
             return self.flush(groups)
         if is_narrow(groups):
@@ -123,7 +123,7 @@ class GradientWindow:
         scale_all(list(self._sums.totals.values()), 1 / total)
         self._sums.restore(groups)
         big = self._squared_norms(grads_of(groups)) + 0 / total  # nan where nothing was left
-        return self._measured(big, None)
+        return self._measured(big)
 
     def take_alone(self, groups: Groups, samples: float, weight: float, closes: bool) -> None:
         """Take a gradient that is this rank's own, towards a sum over all ranks; see `hand_out`."""
@@ -151,7 +151,7 @@ class GradientWindow:
             Its norms, those of the mean left out, and for each parameter that had a gradient the
             weighted sum: `p.grad` itself, or a wider buffer where that is of a narrow type.
         """
-        measured = self._measured(self._squared_norms([[] for _ in groups]), None)
+        measured = self._measured(self._squared_norms([[] for _ in groups]))
         if is_narrow(groups):
             totals = self._sums.totals
             for param in (param for group in groups for param in group):
@@ -186,7 +186,7 @@ class GradientWindow:
         finite = self._judge(norms, grads, closes)
         self.pass_over(samples, weight)
         self._finite[-1] = finite
-        self._norms += list(norms[None] if local_norms is None else local_norms)
+        self._norms += [norms] if local_norms is None else local_norms.unbind()
         return norms
 
     def _judge(self, norms: Tensor, grads: Groups, closes: bool) -> Tensor | bool:
@@ -201,7 +201,7 @@ class GradientWindow:
         if not self._skip_nonfinite:
             return True
         if self._device.type == "cpu":
-            return math.isfinite(norms.sum().item())
+            return math.isfinite(sum(norms.tolist()))
         finite = norms.sum().isfinite()
         if len(self) > 0 or not closes:
             lost = ~finite
@@ -223,14 +223,15 @@ class GradientWindow:
         return squared_norms(grads, self._device, self._share)
 
     def _measured_sum(self, groups: Groups) -> Measured:
-        big = self._squared_norms(grads_of(groups))
-        if self._of_sums:
-            return self._measured(big, None)
-        total = self._counts()[1].sum()
-        return self._measured(big / total.square(), 1 / total)
+        return self._measured(self._squared_norms(grads_of(groups)), of_sum=not self._of_sums)
 
-    def _measured(self, big: Tensor, scale: Tensor | None) -> Measured:
+    def _measured(self, big: Tensor, of_sum: bool = False) -> Measured:
+        """The window with the squared norm of its mean, or of the sum that is to become that."""
         samples, weights = self._counts()
+        scale = None
+        if of_sum:
+            total = weights.sum()
+            big, scale = big / total.square(), 1 / total
         small = torch.stack(self._norms) if self._norms else big.new_zeros(0, len(big))
         if self._of_sums:
             small = small / self._each(self._weights).square()[:, None]
@@ -246,13 +247,13 @@ class GradientWindow:
 
     def _each(self, values: Sequence[Tensor | float]) -> Tensor:
         """One value of each micro-batch; shape (K,)."""
-        like = torch.empty(0, dtype=sum_dtype(self._device), device=self._device)
         first = values[0] if values else 0.0
         if not isinstance(first, Tensor) and values.count(first) == len(values):
-            return like.new_full((len(values),), first)
-        return torch.stack(
-            [
-                value.to(like.dtype) if isinstance(value, Tensor) else like.new_full((), value)
-                for value in values
-            ]
-        )
+            return self._full(len(values), first)
+        return torch.cat([self._full(1, value) for value in values])
+
+    def _full(self, number: int, value: Tensor | float) -> Tensor:
+        dtype = sum_dtype(self._device)
+        if isinstance(value, Tensor):
+            return value.to(dtype).expand(number)
+        return torch.full((number,), value, dtype=dtype, device=self._device)

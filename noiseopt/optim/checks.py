@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _default_to_fused_or_foreach
 
@@ -40,13 +39,17 @@ def check_group(group: dict[str, Any]) -> None:
         )
 
 
-def check_step(groups: Sequence[dict[str, Any]], params: Sequence[Tensor]) -> None:
+def check_step(groups: Sequence[dict[str, Any]], has_gradient: bool) -> None:
     """Refuse a step that cannot be taken.
+
+    Args:
+        groups: the optimizer's parameter groups.
+        has_gradient: whether some parameter of theirs has one.
 
     Raises:
         RuntimeError: no parameter has a gradient, or a CUDA graph is being captured.
     """
-    if not params:
+    if not has_gradient:
         total = sum(len(group["params"]) for group in groups)
         raise RuntimeError(
             f"step() found no gradient on any of {total} parameters: call loss.backward() before "

@@ -206,10 +206,10 @@ class NoiseAware(AppliesMeans):
         return loss
 
     def _take_gradient(self, adaptation: Adaptation) -> None:
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if params or not self._collector.waits:
-            check_step(self.param_groups, params)
-        if params and self._only_builds_state(params):
+        has_gradient = any(p.grad is not None for params in self._all_params() for p in params)
+        if has_gradient or not self._collector.waits:
+            check_step(self.param_groups, has_gradient)
+        if has_gradient and self._only_builds_state():
             self._collector.clear(keep_memory=False)
             self._torch_step()
             return
@@ -236,7 +236,7 @@ class NoiseAware(AppliesMeans):
                 self._collector.clear(keep_memory=False)
             self._collector.open_window()
 
-    def _only_builds_state(self, params: list[Tensor]) -> bool:
+    def _only_builds_state(self) -> bool:
         """Whether this is the zero step by which checkpointing makes an optimizer build its state.
 
         torch.distributed.checkpoint calls `step()` once with zero gradients and a rate of 0. It is
@@ -246,7 +246,7 @@ class NoiseAware(AppliesMeans):
             return False
         if self._collector.waits or self._collector.saw_backward:
             return False
-        zero = all(not local(p.grad).any() for p in params if p.grad is not None)
+        zero = all(not local(grad).any() for grad in self._all_grads())
         return self._collector.agreed(zero)
 
     def _settings(self) -> dict[str, object]:

@@ -22,23 +22,24 @@ class AppliesMeans(SavesNoise):
     def _apply(self, ended: Ended) -> tuple[Tensor | bool, Tensor | bool]:
         """Clip, average and update in torch's kernel; return what of it was done."""
         assert self._adaptation is not None
-        norm, factor = ended.norm, ended.scale
+        norm = _read(ended.norm)
+        factor = None if ended.scale is None else _read(ended.scale)
         clipped: Tensor | bool = False
         if self._adaptation.max_norm < math.inf:
-            coefficient = (self._adaptation.max_norm / norm).clamp(max=1.0)
+            coefficient = _coefficient(norm, self._adaptation.max_norm)
             clipped = coefficient < 1
             factor = coefficient if factor is None else coefficient * factor
         found_inf: Tensor | bool = False
         if self.config.skip_nonfinite and self._adaptation.acts:
-            if self._device.type != "cpu" and self._all_fused:
+            if isinstance(norm, Tensor) and self._all_fused:
                 found_inf = ~norm.isfinite()
             # The kernels that are not fused cannot skip by themselves: this reads the norm.
-            elif not math.isfinite(norm.item()):
+            elif not math.isfinite(norm):
                 return False, False
         self._update(ended.steps, factor, found_inf)
         return (~found_inf if isinstance(found_inf, Tensor) else True), clipped
 
-    def _update(self, steps: int, factor: Tensor | None, found_inf: Tensor | bool) -> None:
+    def _update(self, steps: int, factor: Tensor | float | None, found_inf: Tensor | bool) -> None:
         assert self._adaptation is not None
         rates = self._adaptation.rates(steps)
         groups = self.param_groups
@@ -47,7 +48,7 @@ class AppliesMeans(SavesNoise):
             scaled_values(group, noise, rates, self.config.min_beta2, self._decoupled)
             for group, noise in zip(groups, numbers, strict=True)
         ]
-        if factor is not None and factor.device.type == "cpu" and factor == 1:
+        if isinstance(factor, float) and factor == 1:
             factor = None
         with overridden(groups, values):
             if factor is not None and not self._scales_in_kernel:
@@ -60,11 +61,13 @@ class AppliesMeans(SavesNoise):
         for group, noise in zip(groups, numbers, strict=True):
             group["noise"] = noise
 
-    def _torch_step_scaled(self, factor: Tensor | None, found_inf: Tensor | bool) -> None:
+    def _torch_step_scaled(self, factor: Tensor | float | None, found_inf: Tensor | bool) -> None:
         """Have the fused kernel divide by `grad_scale` and skip by `found_inf` as it goes."""
-        if factor is None:
-            factor = torch.ones((), dtype=torch.float32, device=self._device)
-        self.grad_scale: Tensor | None = factor.reciprocal().float()
+        if isinstance(factor, Tensor):
+            self.grad_scale: Tensor | None = factor.reciprocal().float()
+        else:
+            inverse = math.inf if factor == 0 else 1 / (factor or 1.0)
+            self.grad_scale = torch.full((), inverse, dtype=torch.float32, device=self._device)
         self.found_inf: Tensor | None = found_inf.float() if isinstance(found_inf, Tensor) else None
         try:
             self._torch_step()
@@ -89,5 +92,17 @@ class AppliesMeans(SavesNoise):
     @property
     def _scales_in_kernel(self) -> bool:
         """Whether the fused kernels may scale the gradient: they take the scale in fp32 only."""
-        exact = any(grad.dtype == torch.float64 for grad in self._all_grads())
-        return self._all_fused and not exact
+        params = (p for group in self._all_params() for p in group if p.dtype == torch.float64)
+        return self._all_fused and all(p.grad is None for p in params)
+
+
+def _read(value: Tensor) -> Tensor | float:
+    """A plain number, which takes less arithmetic, where reading it waits for nothing."""
+    return value.item() if value.is_cpu else value
+
+
+def _coefficient(norm: Tensor | float, max_norm: float) -> Tensor | float:
+    """What clips a gradient of this norm: 1 if it need not be, nan if the norm is."""
+    if isinstance(norm, Tensor):
+        return (max_norm / norm).clamp(max=1.0)
+    return 1.0 if norm <= max_norm else max_norm / norm

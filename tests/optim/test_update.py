@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from noiseopt import NoiseAwareAdam, NoiseAwareAdamW, NoiseAwareSGD, NoiseConfig
+from noiseopt.optim import update
 from tests.optim.helpers import (
     PAIRS,
     build,
@@ -77,6 +78,31 @@ def test_the_clipped_update_is_that_of_torchs_own_clip():
         torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.2)
         plain.step()
     assert difference(model, reference) <= 1e-6
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_clipping_is_the_same_where_norms_are_not_read(kernel, steps, monkeypatch):
+    """On an accelerator the arithmetic is the device's; here it is made to be, on the CPU."""
+    batches = draw(CALLS, dtype=torch.float32)
+    batches[2 * steps][0].fill_(math.nan)
+
+    def run():
+        model = build(torch.float32)
+        config = fixed(steps, max_norm=0.95, decision_interval=1)
+        optimizer = NoiseAwareAdamW(model.parameters(), lr=1e-2, noise=config, **kernel)
+        for batch in batches:
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            optimizer.step()
+        return model, optimizer.decision
+
+    model, decision = run()
+    monkeypatch.setattr(update, "_read", lambda value: value)
+    twin, same = run()
+    assert 0 < decision.total_clipped == same.total_clipped < CALLS // steps
+    assert decision.total_skipped == same.total_skipped == 1
+    assert same_bits(params_of(model), params_of(twin))
 
 
 def test_advise_does_not_clip():

@@ -55,6 +55,16 @@ def test_rows_add_up_over_ranks_to_the_row_of_one_process(drawn):
     assert bool(summed.skipped) == bool((weights == 0).any())
 
 
+@given(micro_batches())
+def test_a_row_of_plain_numbers_is_the_one_made_on_a_device(drawn):
+    small, samples, weights, *_ = drawn
+    measured = Measured(small, torch.ones(GROUPS).double(), samples, weights, None)
+    losses = [torch.tensor(0.5), torch.tensor(2.0)]
+    torch.testing.assert_close(
+        measured._plain_row(losses), measured._device_row(losses), rtol=1e-14, atol=0
+    )
+
+
 def test_a_window_that_was_not_applied_used_nothing():
     found = row(torch.ones(2, GROUPS).double(), torch.ones(2).double(), torch.ones(2).double())
     found[-2] = 0.0
