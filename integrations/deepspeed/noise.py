@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -179,32 +179,46 @@ class EngineNoise(NoiseReadings):
         self._loop.check_passes(steps)
         if not self._started:
             self._start()
-        mean = squared_norms(self._wrapper.mean(), self._device) / self._wrapper.loss_scale**2
-        row = self._adaptation.agree(self._measured(steps, mean), at_once=False)
+        lends = self._adaptation.acts and self._wrapper.takes_norm
+        row, norm = self._agree(steps, at_once=lends and self._wrapper.sharded)
         lr, rates = self._user_lr(), self._adaptation.rates(steps)
-        with self._control.lent(rates, steps, lr_kwargs), self._finite(mean):
+        lent_norm = self._wrapper.lent_norm(norm) if lends else nullcontext()
+        with self._control.lent(rates, steps, lr_kwargs), self._finite(norm), lent_norm:
             yield
         applied = self._engine.was_step_applied()
-        end_row(row, applied, applied and self._norm(mean) > self.max_norm)
+        end_row(row, applied, applied and self._applied_norm(norm) > self.max_norm)
         self._leaves.clear()
         self._ended = row, lr
 
-    @contextmanager
-    def _finite(self, mean: Tensor) -> Iterator[None]:
+    def _agree(self, steps: int, at_once: bool) -> tuple[Tensor, Tensor]:
+        """Make a window's row.
+
+        Args:
+            steps: its micro-batches.
+            at_once: whether the norm is wanted of all the parts that ranks hold.
+
+        Returns:
+            The row, and the norm of the mean, before it is clipped.
+        """
+        mean = squared_norms(self._wrapper.mean(), self._device) / self._wrapper.loss_scale**2
+        total = mean.sum(0, keepdim=True)
+        measured = self._measured(steps, mean)
+        row = self._adaptation.agree(measured, total if at_once else None, at_once)
+        return row, total[0].sqrt()
+
+    def _finite(self, norm: Tensor) -> AbstractContextManager[None]:
         """Withhold a mean that is not finite from an optimizer that would apply it."""
         wrapper, acts = self._wrapper, self._adaptation.acts
-        if isinstance(wrapper, PlainWrapper) and acts and not self._norm(mean) < torch.inf:
-            with wrapper.withheld():
-                yield
-        else:
-            yield
+        if isinstance(wrapper, PlainWrapper) and acts and not norm < torch.inf:
+            return wrapper.withheld()
+        return nullcontext()
 
-    def _norm(self, mean: Tensor) -> Tensor | float:
-        """The norm of the mean, before it is clipped; all ranks' after the update."""
+    def _applied_norm(self, norm: Tensor) -> Tensor | float:
+        """The norm of all ranks' mean after the update, before it was clipped."""
         if isinstance(self._wrapper, PlainWrapper):
-            return mean.sum().sqrt()
-        norm: Tensor | float = self._engine.get_global_grad_norm()
-        return norm
+            return norm
+        applied: Tensor | float = self._engine.get_global_grad_norm()
+        return applied
 
     def close_window(self) -> None:
         """After a step: decide if it was due, and give the engine its next window.

@@ -4,8 +4,9 @@ Sources: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py
 runtime/bf16_optimizer.py, runtime/fp16/{fused,unfused}_optimizer.py; tested for each of them.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from noiseopt.capture import scale_all
 from noiseopt.optim.hyper import EXCESS, UPDATES, decouples_weight_decay, start_numbers
 
 Groups = list[list[Tensor]]
@@ -68,6 +70,15 @@ class Wrapper:
             self.optimizer.clip_grad = clip
 
     @property
+    def takes_norm(self) -> bool:
+        """Whether an update can be lent the mean's norm, which DeepSpeed would read again."""
+        return False
+
+    def lent_norm(self, norm: Tensor) -> AbstractContextManager[None]:
+        """Lend an update the norm of the whole mean, which is without the loss scale."""
+        raise NotImplementedError(f"{type(self).__name__} takes no norm, such as {norm}")
+
+    @property
     def decouples_weight_decay(self) -> bool:
         """Whether weight decay is decoupled from the gradient."""
         mode = getattr(self.basic, "adam_w_mode", None)
@@ -89,6 +100,25 @@ class Wrapper:
 
 class PlainWrapper(Wrapper):
     """Stage 0 in fp32: the optimizer itself, which applies whatever it gets."""
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        own = {param for group in self.params() for param in group}
+        self._strangers = list(own ^ set(engine.module.parameters()))
+
+    @property
+    def takes_norm(self) -> bool:
+        """Whether what the engine clips together is what is measured."""
+        return not any(param.requires_grad for param in self._strangers)
+
+    def lent_norm(self, norm: Tensor) -> AbstractContextManager[None]:
+        """Have the engine clip by this norm, which it would have averaged over ranks."""
+        return _replaced(self._engine, "clip_fp32_gradients", partial(self._clip, norm))
+
+    def _clip(self, norm: Tensor) -> None:
+        coefficient = self._engine.gradient_clipping() / (norm + 1e-6)
+        if coefficient < 1:
+            scale_all([grad for group in self.mean() for grad in group], coefficient)
 
     def params(self) -> Groups:
         """The model's own parameters in each group."""
@@ -113,6 +143,16 @@ class ShardedWrapper(Wrapper):
 
     sharded = True
 
+    @property
+    def takes_norm(self) -> bool:
+        """Not where gradients are offloaded: their norms are known from the backward."""
+        return type(self.optimizer) is DeepSpeedZeroOptimizer and not self.optimizer.cpu_offload
+
+    def lent_norm(self, norm: Tensor) -> AbstractContextManager[None]:
+        """Lend an update the norm of the whole mean, which is without the loss scale."""
+        scaled = (norm * self.loss_scale).float()
+        return _answering(self.optimizer, "scaled_global_norm", scaled, scaled)
+
     def params(self) -> Groups:
         """The model's own parameters in each group."""
         return [list(group) for group in self.optimizer.bit16_groups]
@@ -129,6 +169,17 @@ class Stage3Wrapper(Wrapper):
     """ZeRO stage 3, whose groups are split into sub-groups."""
 
     sharded = True
+
+    @property
+    def takes_norm(self) -> bool:
+        """Not with MiCS, where ranks hold the same parts, nor where gradients are offloaded."""
+        is_plain = type(self.optimizer) is DeepSpeedZeroOptimizer_Stage3
+        return is_plain and not self.optimizer.offload_optimizer
+
+    def lent_norm(self, norm: Tensor) -> AbstractContextManager[None]:
+        """Lend an update the norm of the whole mean, which is without the loss scale."""
+        scaled = (norm * self.loss_scale).float()
+        return _answering(self.optimizer, "_get_norm_groups", scaled, [scaled])
 
     def params(self) -> Groups:
         """The model's own parameters in each group."""
@@ -190,3 +241,25 @@ def wrapper_of(engine: Any) -> Wrapper:
 
 def _held(tensors: Iterable[Tensor | None] | None) -> list[Tensor]:
     return [tensor for tensor in tensors or () if tensor is not None]
+
+
+def _answering(
+    optimizer: Any, name: str, norm: Tensor, answer: Any
+) -> AbstractContextManager[None]:
+    """Spare a method that reads a norm; of one that is not finite DeepSpeed judges by its own."""
+    read = getattr(optimizer, name, None)  # by another name nobody calls what is put there
+
+    def known(*args: Any) -> Any:
+        return answer if read is None or bool(norm.isfinite()) else read(*args)
+
+    return _replaced(optimizer, name, known)
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """Have an object's method be another for the duration of a with block."""
+    setattr(owner, name, method)
+    try:
+        yield
+    finally:
+        delattr(owner, name)

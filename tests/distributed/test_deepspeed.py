@@ -5,6 +5,7 @@ The oracle is plain PyTorch in one process, which takes all ranks' micro-batches
 
 import functools
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -135,6 +136,46 @@ def own_loss_run(rank, **settings):
             engine.backward(loss, scale_wrt_gas=False)
             engine.step()
         return windows_of(engine)
+
+
+class WithStranger(nn.Module):
+    """A model with a parameter that the optimizer does not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.stranger = wide(), nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return self.layers(x) * self.stranger
+
+
+# What DeepSpeed reads the mean's norm with at each stage: a class, and its method.
+READERS = {
+    0: ("deepspeed.DeepSpeedEngine", "clip_fp32_gradients"),
+    1: ("deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer", "scaled_global_norm"),
+    3: ("deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3", "_get_norm_groups"),
+}
+READERS[2] = READERS[1]
+
+
+def norms_run(rank, stage, mode="auto", stranger=False, scale=None, **settings):
+    """How often DeepSpeed reads the mean's norm for itself, and what it holds it for."""
+    engines.set_up(rank)
+    net = WithStranger() if stranger else wide()
+    noise, norms = engines.MEASURED | {"mode": mode}, []
+    optimizer = AdamW(engines.groups_of(net.layers if stranger else net), lr=1e-3)
+    config = merged(config_of(stage, noise=noise, **settings), {"optimizer": None})
+    owner, name = READERS[stage]
+    with engine_of(config, net, optimizer) as engine:
+        if scale:
+            engine.optimizer.override_loss_scale(scale)
+        read = getattr(engine if stage == 0 else engine.optimizer, name).__func__
+        with patch(f"{owner}.{name}", autospec=True, side_effect=read) as reader:
+            for batch in batches_of(6, rank):
+                run(engine, [batch])
+                norms.append(float(engine.get_global_grad_norm() or 0.0))
+        left = {*vars(engine), *vars(engine.optimizer)} & {name for _, name in READERS.values()}
+        return seen(engine, []) | {"calls": reader.call_count, "norms": norms, "left": left}
 
 
 def zero_init_run(rank):
@@ -277,6 +318,13 @@ CASES |= {
     for every in (1, 4)
 }
 CASES |= {"zero.Init": zero_init_run, "ddp": ddp_run}
+NORMS = {f"stage {stage}": {"stage": stage} for stage in STAGES}
+NORMS |= {f"stage {stage} scaled": {"stage": stage, "scale": 64.0} for stage in (1, 2, 3)}
+CASES |= {
+    f"norms, {name}, {mode}": functools.partial(norms_run, mode=mode, **settings)
+    for name, settings in (NORMS | {"stranger": {"stage": 0, "stranger": True}}).items()
+    for mode in ("auto", "advise")
+}
 
 
 @pytest.fixture(scope="module")
@@ -337,6 +385,26 @@ def test_norms_go_together_whether_or_not_the_loss_was_divided(ranks, name, divi
     small, big = (sum(part) * divided**2 for part in norms[0])
     assert sum(one[0].norms.small_sq) == pytest.approx(small, rel=5e-3)
     assert sum(one[0].norms.big_sq) == pytest.approx(big, rel=5e-3)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_deepspeed_is_spared_reading_the_norm_that_was_read(ranks, name):
+    one, other = result(ranks, f"norms, {name}, auto")
+    advised, _ = result(ranks, f"norms, {name}, advise")
+    assert_same(one, other)
+    assert (one["calls"], advised["calls"]) == (0, 6)
+    assert one["norms"] == pytest.approx(advised["norms"], rel=1e-6)
+    assert all(window.clipped for window in one["windows"])
+    torch.testing.assert_close(one["weights"], advised["weights"], rtol=0, atol=1e-7)
+    assert not one["left"]
+
+
+def test_what_the_optimizer_does_not_have_is_clipped_with_the_rest(ranks):
+    one, other = result(ranks, "norms, stranger, auto")
+    advised, _ = result(ranks, "norms, stranger, advise")
+    assert_same(one, other)
+    assert one["calls"] == advised["calls"] == 6
+    assert torch.equal(one["weights"], advised["weights"])
 
 
 @pytest.mark.parametrize("name", BF16 | FP16)
