@@ -11,7 +11,7 @@ from noiseopt.capture.sharding import Share, local
 
 _EXACT = (torch.float32, torch.float64)
 _PIECE = 2**18
-_FEW = 2**16  # whose norm in fp32 is exact to 1e-6
+_FEW = 2**16  # whose squares, summed in fp32, are right to 1e-5; if all are alike, to 1e-4
 
 
 def squared_norms(

@@ -15,6 +15,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 from noiseopt import NoiseAwareAdamW, NoiseAwareSGD, NoiseConfig
+from noiseopt.capture import squared_norms
 from tests.optim.helpers import advise, build, difference, draw, fixed, loss_of, train
 
 STILL = 1e-30
@@ -257,6 +258,23 @@ def test_norms_of_bf16_gradients_are_taken_in_fp32():
     assert norms.big_sq[0] == pytest.approx(param.grad.double().square().sum().item(), rel=1e-6)
     narrow = torch.nn.utils.get_total_norm([grads[0]]).double().square()
     assert abs(narrow / grads[0].double().square().sum() - 1) > 1e-4
+
+
+@pytest.mark.parametrize("size", [1, 100, 4096, 49152, 2**16, 2**16 + 1, 2**18, 2**18 + 1])
+@pytest.mark.parametrize(
+    ("make", "rel"),
+    [
+        (lambda n: torch.randn(n), 1e-5),
+        (lambda n: torch.randn(n) ** 5, 1e-5),
+        (lambda n: torch.full((n,), 1 / 3), 1e-4),
+    ],
+    ids=["normal", "heavy tails", "all alike"],
+)
+def test_squares_are_summed_as_exactly_as_is_said(make, size, rel):
+    torch.manual_seed(0)
+    values = make(size)
+    found = squared_norms([[values]], values.device).item()
+    assert found == pytest.approx(values.double().square().sum().item(), rel=rel)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
