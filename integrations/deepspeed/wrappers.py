@@ -151,7 +151,7 @@ class ShardedWrapper(Wrapper):
     def lent_norm(self, norm: Tensor) -> AbstractContextManager[None]:
         """Lend an update the norm of the whole mean, which is without the loss scale."""
         scaled = (norm * self.loss_scale).float()
-        return _answering(self.optimizer, "scaled_global_norm", scaled, scaled)
+        return _answering(self.optimizer, "scaled_global_norm", scaled)
 
     def params(self) -> Groups:
         """The model's own parameters in each group."""
@@ -169,17 +169,6 @@ class Stage3Wrapper(Wrapper):
     """ZeRO stage 3, whose groups are split into sub-groups."""
 
     sharded = True
-
-    @property
-    def takes_norm(self) -> bool:
-        """Not with MiCS, where ranks hold the same parts, nor where gradients are offloaded."""
-        is_plain = type(self.optimizer) is DeepSpeedZeroOptimizer_Stage3
-        return is_plain and not self.optimizer.offload_optimizer
-
-    def lent_norm(self, norm: Tensor) -> AbstractContextManager[None]:
-        """Lend an update the norm of the whole mean, which is without the loss scale."""
-        scaled = (norm * self.loss_scale).float()
-        return _answering(self.optimizer, "_get_norm_groups", scaled, [scaled])
 
     def params(self) -> Groups:
         """The model's own parameters in each group."""
@@ -243,14 +232,12 @@ def _held(tensors: Iterable[Tensor | None] | None) -> list[Tensor]:
     return [tensor for tensor in tensors or () if tensor is not None]
 
 
-def _answering(
-    optimizer: Any, name: str, norm: Tensor, answer: Any
-) -> AbstractContextManager[None]:
+def _answering(optimizer: Any, name: str, norm: Tensor) -> AbstractContextManager[None]:
     """Spare a method that reads a norm; of one that is not finite DeepSpeed judges by its own."""
     read = getattr(optimizer, name, None)  # by another name nobody calls what is put there
 
     def known(*args: Any) -> Any:
-        return answer if read is None or bool(norm.isfinite()) else read(*args)
+        return norm if read is None or bool(norm.isfinite()) else read(*args)
 
     return _replaced(optimizer, name, known)
 
