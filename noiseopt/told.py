@@ -101,7 +101,7 @@ class Losses:
             ValueError: it is not a single number.
         """
         if not isinstance(loss, Tensor):
-            self._told.append(torch.tensor(float(loss)))
+            self._told.append(torch.tensor(float(loss), device="cpu"))
         elif loss.numel() == 1:
             self._told.append(loss.detach().reshape(()))
         else:

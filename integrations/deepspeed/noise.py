@@ -269,8 +269,8 @@ class EngineNoise(NoiseReadings):
         small = torch.stack(leaves.norms) / scale_sq[:, None]
         big = mean / share_sq if self._loop.shows_each(steps) else mean * torch.nan
         samples = weights.new_tensor(self._adaptation.window_samples(steps))
-        used = weights * small.sum(1).isfinite() if self._adaptation.measures else weights
-        return Measured(small, big, samples, used, None)
+        seen = small.sum(1) if self._adaptation.measures else mean.sum()
+        return Measured(small, big, samples, weights * seen.isfinite(), None)
 
     # ------------------------------------------------------------------ ranks and words
 

@@ -5,7 +5,7 @@ runtime/bf16_optimizer.py, runtime/fp16/{fused,unfused}_optimizer.py; tested for
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -75,8 +75,8 @@ class Wrapper:
         return False
 
     def lent_norm(self, norm: Tensor) -> AbstractContextManager[None]:
-        """Lend an update the norm of the whole mean, which is without the loss scale."""
-        raise NotImplementedError(f"{type(self).__name__} takes no norm, such as {norm}")
+        """Lend an update, if it takes it, the norm of the whole mean, without the loss scale."""
+        return nullcontext()
 
     @property
     def decouples_weight_decay(self) -> bool:

@@ -35,7 +35,8 @@ def squared_norms(
         return torch.stack([_shared_norm(grads, device, share) for grads in groups])
     held = [list(map(local, grads)) for grads in groups]
     if device.type == "cpu" and all(grad.is_cpu for grads in held for grad in grads):
-        return torch.tensor([_sum_cpu(grads) for grads in held], dtype=sum_dtype(device))
+        sums = [_sum_cpu(grads) for grads in held]
+        return torch.tensor(sums, dtype=sum_dtype(device), device=device)
     return torch.stack([_squared_norm(grads, device) for grads in held])
 
 

@@ -90,7 +90,7 @@ class Measured:
         )
         ended = (sum(map(float, losses)), len(losses), 0, 1, 0)
         numbers = [*small, *self.big_norms.tolist(), *tail, *ended]
-        return torch.tensor(numbers, dtype=self.small_norms.dtype)
+        return torch.tensor(numbers, dtype=self.small_norms.dtype, device="cpu")
 
 
 def end_row(row: Tensor, applied: Tensor | bool, clipped: Tensor | bool) -> None:

@@ -358,3 +358,26 @@ def test_nothing_is_applied_that_flush_was_not_asked_for():
     state = [tensor.clone() for tensor in state_tensors(optimizer)]
     assert optimizer.flush()
     assert not same_bits(state, state_tensors(optimizer))
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_default_device_that_is_not_the_parameters_own_is_left_alone(steps):
+    """As under `torch.set_default_device("cuda")` with a model on the CPU."""
+
+    def run(device):
+        model = build()
+        config = advise(steps, decision_interval=2, max_norm=0.1)
+        optimizer = NoiseAwareAdamW(model.parameters(), lr=1e-2, noise=config)
+        batches = draw(24)
+        with torch.device(device):
+            for batch in batches:
+                loss = loss_of(model, batch)
+                loss.backward()
+                optimizer.report_loss(loss.item())
+                optimizer.step()
+                optimizer.zero_grad()
+        return model, optimizer
+
+    (model, optimizer), (other, expected) = run("meta"), run("cpu")
+    assert difference(model, other) == 0
+    assert optimizer.decision == expected.decision
