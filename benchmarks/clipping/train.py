@@ -2,7 +2,8 @@
 
 Ours is the optimizer itself, in the loop of the README. What its controller would propose is
 replaced by the plan's windows, as if it had decided on them; its rates stay as they are, so that
-clipping is all in which it differs. Everything else, probes included, is its own.
+clipping is all in which it differs. Everything else is its own, but that probes come as often as
+`PROBE_INTERVAL` says, which was the default when it was measured.
 """
 
 import math
