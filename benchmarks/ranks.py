@@ -726,8 +726,8 @@ def row_numbers(groups: int = 1) -> int:
             numbers.mul_(self.all)
             return lambda: None
 
-    row, norm = torch.ones(2 * groups + TAIL, dtype=torch.float64), torch.ones(())
-    Agreement(Noting(2)).sum_(row, norm, norm, row.new_empty(0), "a window", at_once=True)
+    row = torch.ones(2 * groups + TAIL, dtype=torch.float64)
+    Agreement(Noting(2), on_error=print).sum_(row, groups, None, "a window", at_once=True)
     return len(sent[0])
 
 
