@@ -53,7 +53,7 @@ from benchmarks.convergence.workloads import WORKLOADS, Batch, Workload
 from benchmarks.ranks import on_ranks
 from noiseopt import NoiseAwareAdamW, NoiseConfig
 from noiseopt.control import Decision
-from noiseopt.control.rates import scaled_beta2
+from noiseopt.control.rates import scaled_beta
 from noiseopt.distributed import Ranks
 
 RESULTS = recording.ROOT / "benchmarks/results"
@@ -136,7 +136,7 @@ class Constant:
     def __init__(self, model: nn.Module, lr: float, beta2: float, decay: float, window: int):
         self.model, self.window, self.updates, self._open = model, window, 0, 0
         self.params = list(model.parameters())
-        betas = BETA1, scaled_beta2(beta2, window, 0.9)
+        betas = BETA1, scaled_beta(beta2, window, 0.9)
         self.optimizer = torch.optim.AdamW(self.params, lr=lr, betas=betas, weight_decay=decay)
         self.ranks, self.changes, self.costs = Ranks(RANKS, groups=(None,)), [], None
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 KEPT, SHOWN_CHANGES, WIDTH = 5000, 6, 48
-FACTS_HEIGHT = 22  # lines, of 80 columns, that all else takes
+FACTS_HEIGHT = 23  # lines, of 80 columns, that all else takes
 BARS = "▁▂▃▄▅▆▇█"
 STALE = 60.0  # seconds without a decision, after which it is said for how long
 NEEDS_RICH = "rich is missing: pip install 'noiseopt[demo]'"

@@ -140,7 +140,8 @@ class Ours:
 
 def config(**changes: Any) -> NoiseConfig:
     """The defaults with such changes, whose rates do not follow the windows of the plan."""
-    held = dict.fromkeys(("adapt_lr", "adapt_beta2", "adapt_weight_decay", "verify"), False)
+    rates = ("adapt_lr", "adapt_beta1", "adapt_beta2", "adapt_weight_decay")
+    held = dict.fromkeys((*rates, "verify"), False)
     return NoiseConfig(**held | {"probe_interval": PROBE_INTERVAL} | changes)
 
 

@@ -23,6 +23,7 @@ MAX_NORM = 1.0  # where all arms clip; ours may do so at a lower norm
 # Ours with a part removed, or with one that is off by default.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "auto-without-lr": {"adapt_lr": False},
+    "auto-without-beta1": {"adapt_beta1": False},
     "auto-without-beta2": {"adapt_beta2": False},
     "auto-without-growth-in-decay": {"grow_in_decay": False},
     "auto-with-weight-decay": {"adapt_weight_decay": True},
@@ -30,7 +31,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "auto-without-probes": {"probe_interval": 0},
     "auto-without-verify": {"verify": False},
     "auto-without-shrink": {"shrink": False},
-    "auto-without-growth-when-stable": {"grow_when_stable": False},
+    "auto-without-growth-by-noise": {"grow_by_noise": False},
 }
 MAIN = (*CONSTANTS, *RIVALS, "auto")
 

@@ -35,7 +35,7 @@ class EngineControl:
 
     def restart(self) -> None:
         """Begin with the optimizer's moments and the scheduler as they are."""
-        self._second_moments = self._wrapper.second_moments()
+        self._moments = self._wrapper.moments()
         self._since_tick = 0
 
     # ------------------------------------------------------------------ between updates
@@ -85,7 +85,7 @@ class EngineControl:
             lr_kwargs: what the scheduler's `step` is to be called with.
         """
         groups, wrapper = self._wrapper.param_groups, self._wrapper
-        moments = [dict(each) for each in self._second_moments]
+        moments = [dict(each) for each in self._moments]
         least, decoupled = self._settings.config.min_beta2, wrapper.decouples_weight_decay
         values = [
             scaled_values(group, each, rates, least, decoupled)
@@ -94,7 +94,7 @@ class EngineControl:
         with self._unscheduled(), overridden(groups, values):
             yield
         if self._engine.was_step_applied():
-            self._second_moments = moments
+            self._moments = moments
             self._advance(steps, lr_kwargs)
 
     @contextmanager
@@ -124,10 +124,10 @@ class EngineControl:
 
     def state_dict(self) -> dict[str, Any]:
         """What outlives the process, as plain numbers."""
-        moments = [dict(each) for each in self._second_moments]
+        moments = [dict(each) for each in self._moments]
         return {"second_moments": moments, "since_tick": self._since_tick}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
-        self._second_moments = [dict(each) for each in state["second_moments"]]
+        self._moments = [dict(each) for each in state["second_moments"]]
         self._since_tick = int(state["since_tick"])

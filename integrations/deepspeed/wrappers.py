@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from noiseopt.capture import scale_all
-from noiseopt.optim.hyper import EXCESS, UPDATES, decouples_weight_decay, start_numbers
+from noiseopt.optim.hyper import decouples_weight_decay, numbers_after, start_numbers
 
 Groups = list[list[Tensor]]
 
@@ -84,18 +84,18 @@ class Wrapper:
         mode = getattr(self.basic, "adam_w_mode", None)
         return decouples_weight_decay(type(self.basic)) if mode is None else bool(mode)
 
-    def second_moments(self) -> list[dict[str, float]]:
-        """The numbers of each group's second moment as it is; see `noiseopt.optim.hyper`."""
-        return [self._second_moment(group) for group in self.basic.param_groups]
+    def moments(self) -> list[dict[str, float]]:
+        """The numbers of each group's moments as they are; see `noiseopt.optim.hyper`."""
+        return [self._moments(group) for group in self.basic.param_groups]
 
-    def _second_moment(self, group: dict[str, Any]) -> dict[str, float]:
+    def _moments(self, group: dict[str, Any]) -> dict[str, float]:
         if not isinstance(self.basic, FusedAdam | DeepSpeedCPUAdam):
             return start_numbers(self.basic, group)
         if not group.get("bias_correction", True):
             return {}
         states = [self.basic.state[p] for p in group["params"] if p in self.basic.state]
         steps = [state.get("step", 0) for state in states]
-        return {UPDATES: int(max([group.get("step", 0), *steps])), EXCESS: 0.0}
+        return numbers_after(int(max([group.get("step", 0), *steps])))
 
 
 class PlainWrapper(Wrapper):

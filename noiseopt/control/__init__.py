@@ -7,13 +7,14 @@ from noiseopt.control.decision import Window as Window
 from noiseopt.control.goodput import Pace as Pace
 from noiseopt.control.metrics import metrics as metrics
 from noiseopt.control.progress import Progress as Progress
+from noiseopt.control.proposal import paying_batch as paying_batch
 from noiseopt.control.proposal import unknown as unknown
 from noiseopt.control.rates import RATE_RULES as RATE_RULES
 from noiseopt.control.rates import RateRule as RateRule
 from noiseopt.control.rates import Rates as Rates
 from noiseopt.control.rates import adascale_gain as adascale_gain
 from noiseopt.control.rates import bias_correction as bias_correction
-from noiseopt.control.rates import scaled_beta2 as scaled_beta2
+from noiseopt.control.rates import scaled_beta as scaled_beta
 from noiseopt.control.rates import sqrt_gain as sqrt_gain
 from noiseopt.control.saved import from_saved as from_saved
 from noiseopt.control.saved import to_saved as to_saved

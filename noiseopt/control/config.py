@@ -34,7 +34,7 @@ class NoiseConfig:
             all, over ranks and micro-batches.
         objective: what windows are chosen for. "updates": as few as the noise allows. "time": the
             most progress in a second, by the measured costs of an update and of a micro-batch and
-            by the noise; in place of `noise_margin` and `decay_noise_fraction`. While the costs are
+            by the noise; in place of `update_price` and `decay_noise_fraction`. While the costs are
             not known apart, and now and then later, the windows between two decisions are twice as
             long, to time them.
         samples_per_micro_batch: samples in one micro-batch on one rank. If not given, noise and
@@ -48,14 +48,15 @@ class NoiseConfig:
         decision_interval: updates between two decisions. Measurements stay on the device until
             then, so that no other update waits for it.
         probe_interval: where windows have one gradient and show no noise, every so many updates
-            use a window of two; after 512 such probes, one in every 512th part of the run. 0 never
-            probes: the noise stays unknown.
+            use a window of two; the first 64 such probes come four times as often, and after 512
+            there is one in every 512th part of the run. 0 never probes: the noise stays unknown.
         measure_interval: where gradients are read as the backward brings them (across ranks, by
             DeepSpeed, with external accumulation), windows from one that is read to the next; a
             run's first 64 all are. The others still tell the norm of their mean.
         min_count: measured windows that an estimate must rest on to be acted upon.
-        grow_when_stable: grow while the learning rate is flat and the noise allows it.
-        noise_margin: when stable, the batch stays below this share of the scale's lower bound.
+        grow_by_noise: grow up to the root of the noise scale times the price of an update.
+        update_price: what an update is taken to cost, in batches of the first window: at 1 windows
+            grow up to the geometric mean of that batch and the noise scale, at 4 to twice as much.
         grow_in_decay: grow as the schedule lowers the learning rate (Seesaw, Meterez et al. 2026).
         decay_noise_fraction: in decay, the noise fraction's lower bound that growth requires.
         shrink: halve the window when the noise scale's upper bound lies far below the batch.
@@ -63,6 +64,8 @@ class NoiseConfig:
         dwell_updates: the same in updates; the longer of the two holds.
         adapt_lr: couple the learning rate to the batch by the optimizer's own rule.
         max_lr_factor: the largest factor on the user's learning rate; its inverse is the smallest.
+        adapt_beta1: keep the distance over which Adam's first moment averages, half-life times
+            learning rate.
         adapt_beta2: keep the half-life of Adam's second moment in samples.
         min_beta2: the least beta2 that this may lead to.
         adapt_weight_decay: keep the timescale of decoupled weight decay in samples; off, since
@@ -100,8 +103,8 @@ class NoiseConfig:
     probe_interval: int = 32
     measure_interval: int = 4
     min_count: float = 8.0
-    grow_when_stable: bool = True
-    noise_margin: float = 0.5
+    grow_by_noise: bool = True
+    update_price: float = 1.0
     grow_in_decay: bool = True
     decay_noise_fraction: float = 0.5
     shrink: bool = True
@@ -109,6 +112,7 @@ class NoiseConfig:
     dwell_updates: int = 50
     adapt_lr: bool = True
     max_lr_factor: float = 4.0
+    adapt_beta1: bool = True
     adapt_beta2: bool = True
     min_beta2: float = 0.9
     adapt_weight_decay: bool = False
@@ -156,7 +160,7 @@ class NoiseConfig:
         if self.accumulation == "external":
             self._check("gradients", self.gradients == "auto", "'auto': the loop averages them")
             self._check("loss_reduction", self.loss_reduction == "mean", "'mean': the loop divides")
-        self._check("noise_margin", self.noise_margin < math.inf, "finite")
+        self._check("update_price", self.update_price < math.inf, "finite")
         self._check(
             "probe_interval", self.probe_interval != 1, "0 (never) or at least 2 updates apart"
         )
@@ -203,5 +207,5 @@ _AT_LEAST_ONE = (
     "max_reverts",
 )
 _NOT_NEGATIVE = ("probe_interval", "dwell_fraction", "loss_tolerance")
-_POSITIVE = ("clip_z", "max_norm", "noise_margin")
+_POSITIVE = ("clip_z", "max_norm", "update_price")
 _SHARES = ("half_life_fraction", "confidence", "decay_noise_fraction", "min_beta2")

@@ -18,6 +18,7 @@ from noiseopt.control.state import ControllerState
 from noiseopt.estimate import NoiseEstimate
 
 CAUTION_AFTER_REVERT = 0.5
+PROBES_AT_FIRST = 64  # of them, four times as often as later
 PROBES_PER_RUN = 512  # after so many, probes become rarer as the run grows longer
 MEASURED_AT_FIRST = 64  # windows; mistakes in a loop show there
 
@@ -77,7 +78,6 @@ class Controller:
             num_ranks=ranks,
             accumulation_steps=min(max(round(state.accumulation_steps * ratio), low), high),
             reference_steps=state.reference_steps * ratio,
-            stable_steps=state.stable_steps * ratio,
             gradients_per_step=max(round(state.gradients_per_step / ratio), 1),
             micro_batches=state.micro_batches * ratio,
             verification=state.verification.scaled(ratio),
@@ -108,6 +108,9 @@ class Controller:
         may_probe = self.config.mode == "auto" and self.config.max_accumulation_steps >= 2
         if steps * self.state.gradients_per_step > 1 or not may_probe or not interval:
             return steps
+        often = max(interval // 4, 2)
+        if num_windows < PROBES_AT_FIRST * often:
+            interval = often
         interval = max(interval, num_windows // PROBES_PER_RUN)
         return 2 if (num_windows + 1) % interval == 0 else 1
 
@@ -120,23 +123,21 @@ class Controller:
     def rates(self, steps: int) -> Rates:
         """The factors on the hyper-parameters for a window of so many steps.
 
-        What the window grew by while the user's schedule lowers the learning rate takes the rule's
-        limit of pure noise, as Seesaw does; the rest takes the noise as it was measured. Where the
-        objective is time a window may grow by more than the rate fell: that is of the rest.
+        As much of the window's growth as the user's schedule lowered the learning rate by takes the
+        rule's limit of pure noise, as Seesaw does; the rest takes the noise as it was measured.
         """
         config, state = self.config, self.state
         kappa = steps / state.reference_steps
         if kappa == 1:
             return Rates()
-        in_decay = steps / state.stable_steps if state.phase == "decay" else 1.0
-        if config.objective == "time" and in_decay > 1:
-            in_decay = min(in_decay, state.peak_lr / state.lr) if state.lr > 0 else 1.0
+        in_decay = min(max(kappa, 1.0), state.decay)
         lr = 1.0
         if config.adapt_lr:
             lr = self.rule(kappa / in_decay, state.noise_ratio) * self.rule(in_decay, math.inf)
         lr = min(max(lr, 1 / config.max_lr_factor), config.max_lr_factor)
         return Rates(
             lr=lr,
+            beta1=lr if config.adapt_beta1 else 1.0,
             beta2=kappa if config.adapt_beta2 else 1.0,
             weight_decay=kappa / lr if config.adapt_weight_decay else 1.0,
         )
@@ -298,7 +299,6 @@ class Controller:
                 state,
                 verification=verification,
                 accumulation_steps=change.steps,
-                stable_steps=float(change.steps) if state.phase != "decay" else state.stable_steps,
                 noise_ratio=noise_ratio,
                 max_norm=self._threshold(change.steps),
             )

@@ -73,7 +73,6 @@ def gain(costs: Costs, noise: NoiseEstimate, caution: float, steps: int, to: int
 def _neighbours(config: NoiseConfig, state: ControllerState) -> list[int]:
     """The windows that the settings allow next."""
     steps = state.accumulation_steps
-    grows = config.grow_in_decay if state.phase == "decay" else config.grow_when_stable
-    larger = min(2 * steps, config.max_accumulation_steps) if grows else steps
+    larger = min(2 * steps, config.max_accumulation_steps) if config.grow_by_noise else steps
     smaller = max(steps // 2, config.min_accumulation_steps) if config.shrink else steps
     return [to for to in (smaller, larger) if to != steps]

@@ -28,6 +28,7 @@ def metrics(decision: Decision, groups: Sequence[str] = ()) -> dict[str, float]:
         "decide/ranks": decision.ranks,
         "decide/lr": decision.lr,
         "decide/lr_factor": decision.rates.lr,
+        "decide/beta1_exponent": decision.rates.beta1,
         "decide/beta2_exponent": decision.rates.beta2,
         "decide/weight_decay_factor": decision.rates.weight_decay,
         "decide/verifying": decision.verifying is not None,

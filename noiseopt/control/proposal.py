@@ -1,11 +1,13 @@
 """Which window to use next, and why: the rules, in the order in which they speak.
 
 Revert what hurt. Hold while the noise is unknown or uncertain, a change is being verified, the
-learning rate rises, or a revert is recent. Halve the window when the noise scale's upper bound lies
-far below the batch. While the learning rate is flat, double it when the lower bound leaves room.
-While the user's schedule lowers the rate, let the window grow by the same factor as long as noise
-dominates: with the square-root rule this trades a decay by a for one by sqrt(a) at a times the
-batch (Seesaw, Meterez et al. 2026), which is equivalent where tr(Sigma)/B >> |G|^2.
+learning rate rises, or a revert is recent. Halve the window when the batch lies far above the noise
+scale's upper bound, and above what pays by it. Double it while the batch stays below the one that pays: an update that costs r
+samples makes the most progress for its cost at B = sqrt(r B_noise), here with the lower bound
+(McCandlish et al., arXiv 1812.06162, appendix D). Where the user's schedule has lowered the rate by
+more than that, let the window follow it as long as noise dominates: with the square-root rule this
+trades a decay by a for one by sqrt(a) at a times the batch (Seesaw, Meterez et al. 2026), which is
+equivalent where tr(Sigma)/B >> |G|^2.
 
 Where the objective is time, one rule takes the place of shrinking and of both ways to grow: go to
 the neighbour of clearly greater goodput (see `goodput`). It holds in decay too, without Seesaw's
@@ -14,7 +16,7 @@ and where an update is dear, goodput outgrows the decay by itself.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from noiseopt.control.config import NoiseConfig
 from noiseopt.control.goodput import Pace, timed_steps
@@ -68,8 +70,13 @@ def propose(
     shrunk = _shrink(config, state, noise)
     if shrunk:
         return shrunk
-    grow = _grow_in_decay if state.phase == "decay" else _grow_when_stable
-    return grow(config, state, noise)
+    by_noise = _grow_by_noise(config, state, noise)
+    if state.phase != "decay":
+        return by_noise
+    by_decay = _grow_by_decay(config, state, noise)
+    if "grow" in (by_decay.action, by_noise.action):
+        return max(by_decay, by_noise, key=lambda change: change.steps)
+    return replace(by_decay, reason=f"{by_decay.reason}; {by_noise.reason}")
 
 
 def unknown(config: NoiseConfig, state: ControllerState) -> str:
@@ -148,7 +155,8 @@ def _shrink(config: NoiseConfig, state: ControllerState, noise: NoiseEstimate) -
     steps, least = state.accumulation_steps, config.min_accumulation_steps
     if not config.shrink or steps <= least or not state.settled(config):
         return None
-    if noise.scale_upper * state.caution > noise.batch / SHRINK_BELOW:
+    upper = state.caution * noise.scale_upper
+    if max(upper, _paying(config, state, noise.batch, upper)) > noise.batch / SHRINK_BELOW:
         return None
     return Change(
         "shrink",
@@ -158,34 +166,52 @@ def _shrink(config: NoiseConfig, state: ControllerState, noise: NoiseEstimate) -
     )
 
 
-def _grow_when_stable(config: NoiseConfig, state: ControllerState, noise: NoiseEstimate) -> Change:
+def paying_batch(price: float, scale: float) -> float:
+    """The batch of the most progress for its cost, where an update costs `price` samples.
+
+    One step makes 1 / (1 + scale / B) of an exact step's progress for price + B samples
+    (McCandlish et al., arXiv 1812.06162, appendix D).
+
+    Example:
+        >>> paying_batch(price=32.0, scale=8.0)
+        16.0
+    """
+    return math.sqrt(price * scale)
+
+
+def _paying(config: NoiseConfig, state: ControllerState, batch: float, scale: float) -> float:
+    """The batch that pays at this noise scale, where the present window holds `batch` samples."""
+    reference = batch * state.reference_steps / state.accumulation_steps
+    return paying_batch(config.update_price * reference, scale)
+
+
+def _grow_by_noise(config: NoiseConfig, state: ControllerState, noise: NoiseEstimate) -> Change:
     steps = state.accumulation_steps
     larger = min(2 * steps, config.max_accumulation_steps)
     batch = noise.batch * larger / steps
-    room = config.noise_margin * state.caution * noise.scale_lower
-    if not config.grow_when_stable:
-        return Change("hold", steps, "growth while the learning rate is flat is off")
+    room = _paying(config, state, noise.batch, state.caution * noise.scale_lower)
+    if not config.grow_by_noise:
+        return Change("hold", steps, "growth by the noise scale is off")
     if larger == steps:
         return Change("hold", steps, f"the window is at its limit of {steps}")
     if batch > room:
-        reason = f"a batch of {batch:.4g} exceeds the {room:.4g} for which the noise leaves room"
+        reason = f"a batch of {batch:.4g} exceeds the {room:.4g} that the noise makes pay"
         return Change("hold", steps, reason)
     if not state.settled(config):
         return Change("hold", steps, "too soon after the last change")
-    reason = f"the noise leaves room for a batch of {room:.4g}: {batch:.4g} is below it"
+    reason = f"the noise makes a batch of {room:.4g} pay: {batch:.4g} is below it"
     return Change("grow", larger, reason)
 
 
-def _grow_in_decay(config: NoiseConfig, state: ControllerState, noise: NoiseEstimate) -> Change:
-    steps = state.accumulation_steps
+def _grow_by_decay(config: NoiseConfig, state: ControllerState, noise: NoiseEstimate) -> Change:
+    steps, decay = state.accumulation_steps, state.decay
     if not config.grow_in_decay or state.lr <= 0:
         return Change("hold", steps, "growth in decay is off, or the learning rate is 0")
-    decay = state.peak_lr / state.lr
-    allowed = math.floor(min(state.stable_steps * decay + 1e-9, config.max_accumulation_steps))
+    allowed = math.floor(min(state.reference_steps * decay + 1e-9, config.max_accumulation_steps))
     larger = min(allowed, 2 * steps)
     fell = f"the learning rate fell to 1/{decay:.2f} of its peak"
     if larger <= steps:
-        return Change("hold", steps, f"{fell}: a window of {allowed} at most")
+        return Change("hold", steps, f"{fell}: by that, a window of {allowed} at most")
     fraction = noise_fraction(state.caution * noise.scale_lower, noise.batch)
     share = f"noise is at least {fraction:.3f} of the gradient"
     if fraction < config.decay_noise_fraction:

@@ -1,4 +1,4 @@
-"""How the hyper-parameters follow the batch: learning rate, beta2 and weight decay.
+"""How the hyper-parameters follow the batch: learning rate, both betas and weight decay.
 
 With kappa = B' / B and noise = B_noise / B, all at the reference batch B for which the user chose
 them. Sources: AdaScale (Johnson et al., arXiv 2007.05105, eq. 2) for SGD; the square-root rule of
@@ -42,36 +42,39 @@ class Rates:
 
     Attributes:
         lr: factor on the learning rate.
+        beta1: exponent on Adam's beta1; as the factor on the learning rate it keeps the distance
+            over which the first moment averages.
         beta2: exponent on beta2, which keeps its half-life in samples.
         weight_decay: factor on decoupled weight decay, which keeps its timescale in samples.
     """
 
     lr: float = 1.0
+    beta1: float = 1.0
     beta2: float = 1.0
     weight_decay: float = 1.0
 
 
-def scaled_beta2(beta2: float, exponent: float, least: float) -> float:
-    """beta2 to the power of the batch's growth, not below `least` unless the user's own is.
+def scaled_beta(beta: float, exponent: float, least: float) -> float:
+    """A beta to the power of the batch's growth, not below `least` unless the user's own is.
 
     Example:
-        >>> scaled_beta2(0.95, 2.0, least=0.9)
+        >>> scaled_beta(0.95, 2.0, least=0.9)
         0.9025
     """
-    return max(beta2**exponent, min(least, beta2)) if exponent != 1 else beta2
+    return max(beta**exponent, min(least, beta)) if exponent != 1 else beta
 
 
-def bias_correction(beta2: float, num_updates: int, log_decay: float) -> float:
-    """The factor on the step that makes up for a beta2 that was not constant.
+def bias_correction(beta: float, num_updates: int, log_decay: float) -> float:
+    """By what torch's debiased moment is too large where its beta was not constant.
 
-    torch divides the second moment by 1 - beta2^t with today's beta2. What it holds is the weight
-    1 - prod(beta2_s) of all earlier ones.
+    torch divides a moment by 1 - beta^t with today's beta. What it holds is the weight
+    1 - prod(beta_s) of all earlier ones.
 
     Args:
-        beta2: today's beta2.
+        beta: today's beta.
         num_updates: t, this update included.
-        log_decay: the sum of log(beta2_s) over the t updates, this one included.
+        log_decay: the sum of log(beta_s) over the t updates, this one included.
     """
-    if log_decay == 0 or beta2 == 0:
+    if log_decay == 0 or beta == 0:
         return 1.0
-    return math.sqrt(math.expm1(log_decay) / math.expm1(num_updates * math.log(beta2)))
+    return math.expm1(log_decay) / math.expm1(num_updates * math.log(beta))

@@ -26,7 +26,6 @@ class ControllerState:
         accumulation_steps: the decided window.
         reference_steps: the window for which the user's rates were chosen; not whole where that
             was on another number of ranks.
-        stable_steps: the window when the schedule began to lower the learning rate; likewise.
         noise_ratio: the noise scale's lower bound over the reference batch; 0 while unknown.
         max_norm: the norm at which clipping begins, as last decided; infinite for never.
         num_windows: windows closed, with or without an update.
@@ -59,7 +58,6 @@ class ControllerState:
     verification: Verification
     accumulation_steps: int
     reference_steps: float
-    stable_steps: float
     noise_ratio: float = 0.0
     max_norm: float = math.inf
     num_windows: int = 0
@@ -100,7 +98,6 @@ class ControllerState:
             verification=Verification(),
             accumulation_steps=steps,
             reference_steps=float(steps),
-            stable_steps=float(steps),
             max_norm=config.max_norm,
             counts_samples=config.samples_per_micro_batch is not None,
             timing=_timing(config),
@@ -110,6 +107,13 @@ class ControllerState:
     def unit(self) -> str:
         """What samples are: "samples" or "micro-batches"."""
         return "samples" if self.counts_samples else "micro-batches"
+
+    @property
+    def decay(self) -> float:
+        """The highest learning rate so far over the one now; infinite where that is 0."""
+        if self.peak_lr == 0:
+            return 1.0
+        return max(self.peak_lr / self.lr, 1.0) if self.lr > 0 else math.inf
 
     @property
     def phase(self) -> str:

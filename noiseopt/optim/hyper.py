@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
-from noiseopt.control import Rates, bias_correction, scaled_beta2
+from noiseopt.control import Rates, bias_correction, scaled_beta
 
 Group = dict[str, Any]
 
-# Two numbers for each group: the updates that entered Adam's second moment, and by how much the
-# sum of log(beta2) over them differs from what the user's own beta2 would have made it.
+# The numbers of each group: the updates that entered Adam's moments, and by how much the sums of
+# log(beta1) and log(beta2) over them differ from what the user's own betas would have made them.
 UPDATES = "second_moment_updates"
-EXCESS = "second_moment_excess"
+EXCESSES = ("first_moment_excess", "second_moment_excess")
 
 
 @contextmanager
@@ -36,8 +36,8 @@ def overridden(groups: Sequence[Group], values: Sequence[Group]) -> Iterator[Non
             group.update(old)
 
 
-def has_second_moment(optimizer_class: type[Optimizer]) -> bool:
-    """Whether its beta2 is the decay of Adam's second moment."""
+def has_moments(optimizer_class: type[Optimizer]) -> bool:
+    """Whether its betas are the decays of Adam's two moments."""
     return issubclass(optimizer_class, (Adam, AdamW))
 
 
@@ -48,14 +48,19 @@ def decouples_weight_decay(optimizer_class: type[Optimizer]) -> bool:
 
 
 def start_numbers(optimizer: Optimizer, group: Group) -> dict[str, float]:
-    """The numbers of a group's second moment as it is, all of it taken in at one beta2.
+    """The numbers of a group's moments as they are, all of them taken in at the same betas.
 
     Empty for an optimizer that has none. This waits for the device if the group has a state.
     """
-    if not has_second_moment(type(optimizer)):
+    if not has_moments(type(optimizer)):
         return {}
     steps = [optimizer.state[p]["step"] for p in group["params"] if p in optimizer.state]
-    return {UPDATES: int(max(map(float, steps), default=0.0)), EXCESS: 0.0}
+    return numbers_after(int(max(map(float, steps), default=0.0)))
+
+
+def numbers_after(num_updates: int) -> dict[str, float]:
+    """The numbers of moments that took in so many updates at the same betas."""
+    return {UPDATES: num_updates, **dict.fromkeys(EXCESSES, 0.0)}
 
 
 def scaled_values(
@@ -65,7 +70,7 @@ def scaled_values(
 
     Args:
         group: an optimizer's parameter group.
-        noise: its numbers, if it has a second moment; they take in this update.
+        noise: its numbers, if it has moments; they take in this update.
         rates: the factors to apply.
         least_beta2: the least beta2 that scaling may lead to.
         decoupled: whether weight decay is decoupled from the gradient where the group does not say.
@@ -73,10 +78,10 @@ def scaled_values(
     values: Group = {}
     step = rates.lr
     if UPDATES in noise:
-        beta2, correction = _second_moment(group["betas"][1], noise, rates, least_beta2)
+        betas, correction = _betas(group["betas"], noise, rates, least_beta2)
         step *= correction
-        if beta2 is not None:
-            values["betas"] = (group["betas"][0], beta2)
+        if betas is not None:
+            values["betas"] = betas
     if step != 1:
         values["lr"] = group["lr"] * step
     decay = rates.weight_decay * rates.lr / step
@@ -85,17 +90,30 @@ def scaled_values(
     return values
 
 
-def _second_moment(
-    own: Any, noise: dict[str, Any], rates: Rates, least_beta2: float
-) -> tuple[Any, float]:
-    """This update's beta2 (None for the user's own) and the correction of its step."""
+def _betas(
+    own: tuple[Any, Any], noise: dict[str, Any], rates: Rates, least_beta2: float
+) -> tuple[tuple[Any, Any] | None, float]:
+    """This update's betas (None for the user's own) and the correction of its step."""
     noise[UPDATES] += 1
-    if (rates.beta2 == 1 and noise[EXCESS] == 0) or float(own) == 0:
+    excesses = [noise.get(key, 0.0) for key in EXCESSES]  # states from before lack the first
+    if rates.beta1 == rates.beta2 == 1 and not any(excesses):
         return None, 1.0
-    beta2 = scaled_beta2(float(own), rates.beta2, least_beta2)
-    log_own = math.log(float(own))
-    noise[EXCESS] += math.log(beta2) - log_own
-    log_decay = noise[UPDATES] * log_own + noise[EXCESS]
-    correction = bias_correction(beta2, noise[UPDATES], log_decay)
-    kept = torch.full_like(own, beta2) if isinstance(own, Tensor) else beta2
-    return kept, correction
+    exponents, least = (rates.beta1, rates.beta2), (0.0, least_beta2)
+    used, corrections = [], []
+    for key, beta, exponent, floor in zip(EXCESSES, own, exponents, least, strict=True):
+        scaled, correction = _moment(float(beta), key, noise, exponent, floor)
+        used.append(torch.full_like(beta, scaled) if isinstance(beta, Tensor) else scaled)
+        corrections.append(correction)
+    return (used[0], used[1]), math.sqrt(corrections[1]) / corrections[0]
+
+
+def _moment(
+    own: float, key: str, noise: dict[str, Any], exponent: float, least: float
+) -> tuple[float, float]:
+    """A moment's beta in this update, and by what torch's debiased moment is too large."""
+    if own == 0:
+        return own, 1.0
+    beta = scaled_beta(own, exponent, least)
+    noise[key] = noise.get(key, 0.0) + math.log(beta) - math.log(own)
+    log_decay = noise[UPDATES] * math.log(own) + noise[key]
+    return beta, bias_correction(beta, noise[UPDATES], log_decay)

@@ -15,6 +15,7 @@ from noiseopt.control import (
     ControllerState,
     Decision,
     NoiseConfig,
+    Rates,
     Start,
     Window,
     from_numbers,
@@ -27,9 +28,16 @@ KINDS = ("start", "decision")
 
 # What records from before there were these fields stand for: left out where they hold it.
 LATER: dict[type, dict[str, Any]] = {
-    NoiseConfig: {"objective": "updates", "measure_interval": 1},
+    NoiseConfig: {
+        "objective": "updates",
+        "measure_interval": 1,
+        "adapt_beta1": False,
+        "update_price": 1.0,
+    },
+    Rates: {"beta1": 1.0},
     Decision: {"seconds": None, "pace": None},
 }
+RENAMED = {"grow_when_stable": "grow_by_noise"}  # settings, since those records
 IN_ORDER = (Window, WindowNorms)  # written as lists, without names: they are most of a record
 
 
@@ -91,7 +99,7 @@ def _start(values: Mapping[str, Any]) -> Start:
     missing = {"config", "rule", "groups", "state"} - values.keys()
     if missing:
         raise ValueError(f"Start lacks {', '.join(sorted(missing))}")
-    config: NoiseConfig = _decode(NoiseConfig, values["config"], "Start.config")
+    config: NoiseConfig = _decode(NoiseConfig, _renamed(values["config"]), "Start.config")
     if values["rule"] not in RATE_RULES:
         raise ValueError(f"rule is {values['rule']!r}: it must be one of {tuple(RATE_RULES)}")
     groups: tuple[str, ...] = _decode(tuple[str, ...], values["groups"], "Start.groups")
@@ -103,6 +111,12 @@ def _start(values: Mapping[str, Any]) -> Start:
     }
     state = from_numbers(ControllerState.initial(config, len(groups)), numbers)
     return Start(config, values["rule"], groups, state)
+
+
+def _renamed(settings: Any) -> Any:
+    if not isinstance(settings, dict):
+        return settings
+    return {RENAMED.get(name, name): value for name, value in settings.items()}
 
 
 def _encode(value: Any) -> Any:

@@ -8,7 +8,7 @@ times N wasteful.
 
 import math
 
-from noiseopt.control import Decision, NoiseConfig
+from noiseopt.control import Decision, NoiseConfig, paying_batch
 from noiseopt.estimate import NoiseEstimate
 from noiseopt.report.phrases import percent
 
@@ -48,7 +48,8 @@ def _noisy(noise: NoiseEstimate, last: Decision, config: NoiseConfig) -> str:
     text = f"an update makes at most {percent(1 - low)} of the progress of an exact gradient's"
     per_step = noise.batch / _steps(noise, last)
     scale = noise.scale_interval[0]
-    steps = math.floor(config.noise_margin * scale / per_step)
+    price = config.update_price * config.accumulation_steps * per_step
+    steps = math.floor(paying_batch(price, scale) / per_step)
     if steps <= _steps(noise, last) or not math.isfinite(steps * per_step):
         return text
     batch = steps * per_step

@@ -19,6 +19,7 @@ GROUPS = ({"weight_decay": 0.1}, {"weight_decay": 0.0})
 MEASURED = {
     "decision_interval": 1,
     "adapt_lr": False,
+    "adapt_beta1": False,
     "adapt_beta2": False,
     "adapt_weight_decay": False,
     "adapt_clip": False,

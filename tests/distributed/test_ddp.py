@@ -89,7 +89,7 @@ ADAPTIVE = {
     "dwell_updates": 10,
     "samples_per_micro_batch": 4,
     "half_life_windows": 8.0,
-    "noise_margin": 1e3,
+    "update_price": 1e6,
 }
 
 

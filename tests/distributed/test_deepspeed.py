@@ -111,7 +111,7 @@ def measured_run(rank, model="wide", client=False, scale=None, plan=PLAN, **sett
 def rarely_measured(rank, every, stage):
     """Many windows, not all of which are measured."""
     engines.set_up(rank)
-    noise = engines.MEASURED | {"measure_interval": every, "grow_when_stable": False}
+    noise = engines.MEASURED | {"measure_interval": every, "grow_by_noise": False}
     with engine_of(config_of(stage=stage, steps=FIRST, noise=noise)) as engine:
         return seen(engine, run(engine, batches_of(FIRST * 72, rank)))
 

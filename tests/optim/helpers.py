@@ -15,7 +15,7 @@ GROWING = {
     "min_count": 2.0,
     "dwell_updates": 5,
     "dwell_fraction": 0.0,
-    "noise_margin": 1e6,
+    "update_price": 1e12,
     "max_accumulation_steps": 4,
     "verify": False,
 }

@@ -9,7 +9,7 @@ from noiseopt import NoiseAwareAdamW, NoiseAwareSGD
 from tests.optim.helpers import advise, difference, fixed
 
 # Rates for a window's own length, as of a flushed one, would differ from the large batch's.
-PLAIN = {"adapt_lr": False, "adapt_beta2": False, "adapt_weight_decay": False}
+PLAIN = dict.fromkeys(("adapt_lr", "adapt_beta1", "adapt_beta2", "adapt_weight_decay"), False)
 WAYS_TO_ZERO = {
     "optimizer": lambda model, optimizer: optimizer.zero_grad(),
     "to zeros": lambda model, optimizer: optimizer.zero_grad(set_to_none=False),

@@ -8,6 +8,7 @@ import torch
 
 from noiseopt import NoiseAwareAdam, NoiseAwareAdamW, NoiseAwareSGD, NoiseConfig
 from noiseopt.optim import update
+from noiseopt.optim.hyper import EXCESSES, UPDATES
 from tests.optim.helpers import (
     PAIRS,
     build,
@@ -175,7 +176,7 @@ def with_factor(optimizer_class, model, steps=2, noise_ratio=10.0, **kwargs):
 
 
 class SlowAdam:
-    """Adam with a beta2 that changes: the weights in the second moment are summed as they are."""
+    """Adam with betas that change: the weights in its moments are summed as they are."""
 
     def __init__(self, model, lr, betas, weight_decay, decoupled):
         self.params, self.lr, (self.beta1, self.beta2) = list(model.parameters()), lr, betas
@@ -185,11 +186,11 @@ class SlowAdam:
         self.weight1 = self.weight2 = 0.0
 
     @torch.no_grad()
-    def step(self, lr=1.0, beta2=1.0, weight_decay=1.0, least=0.9):
+    def step(self, lr=1.0, beta1=1.0, beta2=1.0, weight_decay=1.0, least=0.9):
         rate, decay = self.lr * lr, self.weight_decay
-        own = self.beta2
+        own, used1 = self.beta2, self.beta1**beta1
         used = own if beta2 == 1 else max(own**beta2, min(least, own))
-        self.weight1 = self.beta1 * self.weight1 + 1 - self.beta1
+        self.weight1 = used1 * self.weight1 + 1 - used1
         self.weight2 = used * self.weight2 + 1 - used
         for param, first, second in zip(self.params, self.first, self.second, strict=True):
             grad = param.grad
@@ -197,7 +198,7 @@ class SlowAdam:
                 param.mul_(1 - rate * decay * weight_decay)
             else:
                 grad = grad + decay * param
-            first.mul_(self.beta1).add_((1 - self.beta1) * grad)
+            first.mul_(used1).add_((1 - used1) * grad)
             second.mul_(used).add_((1 - used) * grad * grad)
             param.sub_(rate * first / self.weight1 / (second / self.weight2).sqrt())
 
@@ -211,7 +212,11 @@ NEEDS_DECOUPLED = pytest.mark.skipif(
     "decoupled_weight_decay" not in inspect.signature(torch.optim.Adam).parameters,
     reason="torch before 2.7 has no Adam(decoupled_weight_decay=)",
 )
-SWITCHES = [{}, {"adapt_lr": False}, {"adapt_beta2": False}, {"adapt_weight_decay": True}]
+SWITCHES = [
+    {},
+    *({name: False} for name in ("adapt_lr", "adapt_beta1", "adapt_beta2")),
+    {"adapt_weight_decay": True},
+]
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
@@ -230,7 +235,7 @@ def test_a_grown_window_updates_at_the_decided_rates(name, switches, kernel):
         decision_interval=4,
         min_count=2.0,
         dwell_updates=4,
-        noise_margin=1e9,
+        update_price=1e18,
         verify=False,
         adapt_clip=False,
         **switches,
@@ -250,13 +255,14 @@ def test_a_grown_window_updates_at_the_decided_rates(name, switches, kernel):
             loss_of(reference, joined(window, len(window))[0]).backward()
             rates = {} if decision is None else decision.rates
             slow.step(
-                *(getattr(rates, key, 1.0) for key in ("lr", "beta2", "weight_decay")),
+                *(getattr(rates, key, 1.0) for key in ("lr", "beta1", "beta2", "weight_decay")),
             )
             assert difference(model, reference) <= 1e-10
             lengths.append(len(window))
             window = []
     assert (lengths[0], lengths[-1]) == (2, 8)
     rates = optimizer.decision.rates
+    assert rates.beta1 == (1.0 if "adapt_beta1" in switches else rates.lr)
     assert rates.beta2 == (1.0 if "adapt_beta2" in switches else 4.0)
     assert (rates.lr == 1.0) == ("adapt_lr" in switches)
     expected = 4.0 / rates.lr if "adapt_weight_decay" in switches else 1.0
@@ -277,7 +283,8 @@ def test_moments_of_a_torch_checkpoint_are_corrected_from_their_own_age():
         slow.step()
     optimizer, factor = with_factor(NoiseAwareAdamW, model, eps=1e-30, **kwargs)
     numbers = optimizer.state_dict()["param_groups"][0]["noise"]
-    del numbers["second_moment_updates"], numbers["second_moment_excess"]
+    for key in (UPDATES, *EXCESSES):
+        del numbers[key]
     state = plain.state_dict()
     state["param_groups"][0]["noise"] = numbers
     optimizer.load_state_dict(state)
@@ -285,7 +292,7 @@ def test_moments_of_a_torch_checkpoint_are_corrected_from_their_own_age():
     for batch in joined(batches[12:], 2):
         reference.zero_grad()
         loss_of(reference, batch).backward()
-        slow.step(lr=factor, beta2=2.0, weight_decay=1.0)
+        slow.step(lr=factor, beta1=factor, beta2=2.0, weight_decay=1.0)
     assert difference(model, reference) <= 1e-10
 
 

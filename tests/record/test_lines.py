@@ -33,13 +33,17 @@ def test_every_decision_is_kept(decision):
 
 
 def test_records_from_before_there_was_time_are_read_and_replayed():
-    """The file was written by the version before `measure_interval` and `objective`."""
+    """The file was written by the version before `measure_interval`, `objective` and `beta1`."""
     found = read(Path(__file__).with_name("earlier.jsonl"))
     (stretch,) = found.stretches
     assert stretch.start.config.objective == "updates"
     assert stretch.start.config.measure_interval == 1
     assert [decision.num_updates for decision in stretch.decisions] == [10, 20]
-    assert all(replayed.same for replayed in replay(found))
+    assert stretch.start.config.grow_by_noise
+    for replayed in replay(found):
+        one, other = replayed.recorded, replayed.again
+        assert one.rates == other.rates
+        assert (one.action, one.batch, one.noise) == (other.action, other.batch, other.noise)
 
 
 def test_a_line_says_no_more_than_before_there_was_time():

@@ -19,15 +19,16 @@ INTEGERS = {
 }  # with the least allowed value
 AT_LEAST_ONE = ("half_life_windows", "winsorise", "min_count", "max_lr_factor")
 AT_LEAST_ZERO = ("dwell_fraction", "loss_tolerance")
-POSITIVE = ("samples_per_micro_batch", "tokens_per_sample", "noise_margin", "clip_z", "max_norm")
+POSITIVE = ("samples_per_micro_batch", "tokens_per_sample", "update_price", "clip_z", "max_norm")
 SHARES = ("half_life_fraction", "confidence", "decay_noise_fraction", "min_beta2")
 FLOATS = (*AT_LEAST_ONE, *AT_LEAST_ZERO, *POSITIVE, *SHARES)
 SWITCHES = (
     *(
-        "grow_when_stable",
+        "grow_by_noise",
         "grow_in_decay",
         "shrink",
         "adapt_lr",
+        "adapt_beta1",
         "adapt_beta2",
         "adapt_weight_decay",
     ),
@@ -45,7 +46,7 @@ OUT_OF_RANGE = [
     ("probe_interval", 1),
     ("samples_per_micro_batch", math.inf),
     ("tokens_per_sample", math.inf),
-    ("noise_margin", math.inf),
+    ("update_price", math.inf),
     ("confidence", 0.05),
     ("mode", "on"),
     ("accumulation", "both"),

@@ -7,10 +7,19 @@ from dataclasses import replace
 
 import pytest
 
-from noiseopt.control import Controller, NoiseConfig, Rates, Window, adascale_gain, sqrt_gain
+from noiseopt.control import (
+    Controller,
+    NoiseConfig,
+    Rates,
+    Window,
+    adascale_gain,
+    paying_batch,
+    sqrt_gain,
+)
 from noiseopt.estimate import WindowNorms
 
 SAMPLES = 8  # in a micro-batch
+PRICE = 64.0  # of an update, in micro-batches, where growth is to be far
 
 
 def controller(rule=sqrt_gain, **settings):
@@ -31,8 +40,8 @@ def cosine(total, floor=1e-3):
 
 
 def ideal_steps(scale):
-    """The largest power of two whose batch stays below half the noise scale."""
-    return 2 ** max(math.floor(math.log2(0.5 * scale / SAMPLES)), 0)
+    """The largest power of two whose batch stays below the one that pays."""
+    return 2 ** max(math.floor(math.log2(paying_batch(PRICE * SAMPLES, scale) / SAMPLES)), 0)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -42,7 +51,8 @@ def test_a_million_samples_of_rising_noise_take_few_changes_and_no_reversal(run_
     Averaged over samples, the batch is within 0.15 doublings of the ideal power of two (0.07 to
     0.11 measured), always from below, and reaches it in the end.
     """
-    run = run_of(controller(max_accumulation_steps=128), rising, seed=seed).until(1e6)
+    settings = {"max_accumulation_steps": 128, "update_price": PRICE}
+    run = run_of(controller(**settings), rising, seed=seed).until(1e6)
     assert run.actions == ["grow"] * 6
     before, total = 0.0, 0.0
     for decision in run.decisions:
@@ -55,18 +65,19 @@ def test_a_million_samples_of_rising_noise_take_few_changes_and_no_reversal(run_
 
 
 def test_a_noise_that_collapses_shrinks_the_window(run_of):
-    """By halves to the ideal one, within four times the samples before the collapse."""
-    run = run_of(controller(), lambda seen: 2000 if seen < 5e4 else 40).until(2e5)
-    assert run.changes[4][1:] == ("grow", 32)
-    assert set(run.actions[5:]) == {"shrink"}
-    assert run.controller.state.accumulation_steps in (4, 8, 16)
+    """By halves to the one that pays, within four times the samples before the collapse."""
+    dear = controller(update_price=4.0)
+    run = run_of(dear, lambda seen: 2000 if seen < 5e4 else 4).until(2e5)
+    assert run.changes[3][1:] == ("grow", 16)
+    assert set(run.actions[4:]) == {"shrink"}
+    assert run.controller.state.accumulation_steps in (2, 4)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_cosine_decay_grows_the_window_by_the_schedule(run_of, seed):
     """Never above peak / lr times the stable window, never below half of it once under way."""
     lr = cosine(5e5)
-    settings = {"accumulation_steps": 4, "max_accumulation_steps": 64}
+    settings = {"accumulation_steps": 4, "max_accumulation_steps": 64, "grow_by_noise": False}
     run = run_of(controller(**settings), lambda seen: 1e5, lr, seed=seed).until(5e5)
     assert set(run.actions) == {"grow"}
     for decision in run.decisions[1:]:
@@ -179,14 +190,22 @@ def test_where_each_micro_batch_brings_several_gradients_nothing_is_probed():
 @pytest.mark.parametrize("interval", [2, 16])
 def test_every_so_many_updates_a_window_of_one_is_a_probe(interval):
     probing = controller(probe_interval=interval)
-    found = [probing.window_steps(index) for index in range(10 * interval)]
+    started = 64 * interval
+    found = [probing.window_steps(index) for index in range(started, started + 10 * interval)]
     assert found == ([1] * (interval - 1) + [2]) * 10
+
+
+@pytest.mark.parametrize(("interval", "at_first"), [(2, 2), (7, 2), (16, 4), (32, 8)])
+def test_the_first_probes_come_four_times_as_often(interval, at_first):
+    probing = controller(probe_interval=interval)
+    found = [probing.window_steps(index) for index in range(64 * at_first)]
+    assert found == ([1] * (at_first - 1) + [2]) * 64
 
 
 def test_in_a_long_run_probes_become_rarer():
     """One in 8 up to 4608 windows, one in 100 after 100 times 512."""
     probing = controller(probe_interval=8)
-    assert [probing.window_steps(index) for index in range(4608)].count(2) == 4608 / 8
+    assert [probing.window_steps(index) for index in range(128, 4608)].count(2) == 4480 / 8
     assert [probing.window_steps(51_200 + index) for index in range(500)].count(2) == 5
 
 
@@ -216,7 +235,7 @@ def test_advise_decides_and_changes_nothing(run_of):
 
 
 def test_with_every_switch_off_nothing_ever_changes(run_of):
-    off = dict.fromkeys(("grow_when_stable", "grow_in_decay", "adapt_clip", "verify"), False)
+    off = dict.fromkeys(("grow_by_noise", "grow_in_decay", "adapt_clip", "verify"), False)
     fixed = controller(**off, probe_interval=0, max_norm=7.5)
     run = run_of(fixed, rising, cosine(5e4)).until(5e4)
     assert run.changes == []
@@ -233,11 +252,15 @@ def at_ratio(noise_ratio, rule=sqrt_gain, **settings):
 @pytest.mark.parametrize("noise_ratio", [0.0, 3.0, math.inf])
 @pytest.mark.parametrize("steps", [1, 2, 4, 8, 32])
 def test_the_rates_follow_the_rule_and_keep_their_timescales(noise_ratio, steps):
-    """lr times weight decay grows as the batch; beta2's exponent is the batch's growth."""
+    """lr times weight decay grows as the batch; beta2's exponent is the batch's growth.
+
+    That of beta1 is the learning rate's factor.
+    """
     scaled = at_ratio(noise_ratio, adapt_weight_decay=True)
     rates, kappa = scaled.rates(steps), steps / 4
     assert rates.lr == pytest.approx(min(max(sqrt_gain(kappa, noise_ratio), 0.25), 4))
     assert rates.lr * rates.weight_decay == pytest.approx(kappa)
+    assert rates.beta1 == rates.lr
     assert rates.beta2 == kappa
 
 
@@ -249,6 +272,7 @@ def test_the_learning_rate_factor_is_capped_both_ways():
 
 def test_each_rate_has_its_switch():
     assert at_ratio(3.0, adapt_lr=False).rates(8) == Rates(lr=1.0, beta2=2.0, weight_decay=1.0)
+    assert at_ratio(3.0, adapt_beta1=False).rates(8).beta1 == 1.0
     assert at_ratio(3.0, adapt_beta2=False).rates(8).beta2 == 1.0
     scaled = at_ratio(3.0, adapt_lr=False, adapt_weight_decay=True)
     assert scaled.rates(8).weight_decay == 2.0

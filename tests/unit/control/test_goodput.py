@@ -136,8 +136,7 @@ def test_what_holds_other_changes_back_holds_these(changes, action):
 
 
 def test_the_switches_hold():
-    assert proposed(exact(1e4), replace(CONFIG, grow_when_stable=False)).action == "hold"
-    assert proposed(exact(1e4), replace(CONFIG, grow_in_decay=False), lr=0.9).action == "hold"
+    assert proposed(exact(1e4), replace(CONFIG, grow_by_noise=False)).action == "hold"
     assert proposed(exact(1e-3), replace(CONFIG, shrink=False)).action == "hold"
     fixed = replace(CONFIG, min_accumulation_steps=4, max_accumulation_steps=4)
     assert "no other window is allowed" in proposed(exact(1e4), fixed).reason
@@ -178,7 +177,7 @@ def test_windows_are_probed_until_costs_are_known_and_rarely_later(run_of):
     config = NoiseConfig(
         objective="time",
         max_accumulation_steps=2,
-        grow_when_stable=False,
+        grow_by_noise=False,
         samples_per_micro_batch=8,
     )
     run = run_of(Controller.create(config, sqrt_gain), lambda seen: 100.0, costs=noisy)
@@ -236,11 +235,13 @@ def test_nothing_is_probed_for_other_objectives_or_without_leave():
 
 def test_in_decay_only_what_the_rate_fell_by_takes_the_rule_of_pure_noise():
     config = NoiseConfig(objective="time")
-    given = state(config, lr=0.5, accumulation_steps=8, stable_steps=1.0, reference_steps=1.0)
+    given = state(config, lr=0.5, accumulation_steps=8, reference_steps=1.0)
     controller = Controller(config, sqrt_gain, replace(given, noise_ratio=0.0))
     assert controller.rates(8).lr == pytest.approx(math.sqrt(2))
-    updates = Controller(NoiseConfig(), sqrt_gain, controller.state)
-    assert updates.rates(8).lr == pytest.approx(math.sqrt(8))
+    fallen = controller.at(replace(controller.state, lr=0.01))
+    assert fallen.rates(8).lr == pytest.approx(math.sqrt(8))
+    flat = controller.at(replace(controller.state, lr=1.0))
+    assert flat.rates(8).lr == 1.0
 
 
 def test_the_state_of_time_is_saved_and_other_states_load():

@@ -4,13 +4,16 @@ import math
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from noiseopt.control import ControllerState, NoiseConfig
+from noiseopt.control import ControllerState, NoiseConfig, paying_batch
 from noiseopt.control.proposal import SHRINK_BELOW, propose
 from noiseopt.control.verification import LossTrend, Verification
 from noiseopt.estimate import NoiseEstimate, noise_fraction
 
-CONFIG = NoiseConfig(accumulation_steps=4, max_accumulation_steps=64)
+CONFIG = NoiseConfig(accumulation_steps=4, max_accumulation_steps=64, update_price=4.0)
+BY_DECAY = replace(CONFIG, grow_by_noise=False)
 SAMPLES_PER_STEP = 8
 
 
@@ -60,9 +63,44 @@ def test_room_in_the_noise_doubles_the_window():
 
 
 @pytest.mark.parametrize(("lower", "action"), [(127.9, "hold"), (128.1, "grow")])
-def test_the_next_batch_stays_below_the_margin_of_the_lower_bound(lower, action):
-    """Twice 4 steps of 8 samples need a lower bound of 64 / 0.5."""
-    assert proposed(given_noise=noise(lower=lower))[0] == action
+@pytest.mark.parametrize("lr", [1.0, 0.8])
+def test_the_next_batch_stays_below_the_one_that_pays(lower, action, lr):
+    """Twice 4 steps of 8 samples pay from sqrt(price 32 B) = 64 on, whatever the rate does."""
+    cheap = replace(CONFIG, update_price=1.0, grow_in_decay=False)
+    assert proposed(cheap, noise(lower=lower), lr=lr)[0] == action
+
+
+@pytest.mark.parametrize("steps", [2, 4, 8])
+@pytest.mark.parametrize("price", [1.0, 4.0])
+def test_the_batch_that_pays_grows_with_the_root_of_the_noise(steps, price):
+    """Counted from the first window of 4 steps, however long the present one is."""
+    config = replace(CONFIG, update_price=price)
+    least = (2 * steps * SAMPLES_PER_STEP) ** 2 / (price * 4 * SAMPLES_PER_STEP)
+    for factor, action in ((0.999, "hold"), (1.001, "grow")):
+        given = noise(steps, lower=factor * least)
+        assert proposed(config, given, accumulation_steps=steps)[0] == action
+
+
+@given(st.floats(1e-3, 1e6), st.floats(1e-3, 1e6), st.floats(0.01, 100))
+def test_no_other_batch_makes_more_progress_for_its_cost(price, scale, other):
+    """Progress 1 / (1 + scale / B) for price + B samples, McCandlish et al., appendix D."""
+    best = paying_batch(price, scale)
+
+    def gain(batch):
+        return 1 / (1 + scale / batch) / (price + batch)
+
+    assert gain(best) >= gain(best * other) * (1 - 1e-12)
+
+
+def test_of_two_ways_to_grow_the_farther_is_taken():
+    few, many = noise(lower=31.9), noise(lower=32.1)
+    assert proposed(replace(CONFIG, decay_noise_fraction=0.4), few, lr=0.6) == ("grow", 6)
+    assert proposed(given_noise=many, lr=0.6) == ("grow", 8)
+    assert proposed(given_noise=many, lr=0.9) == ("grow", 8)
+    assert proposed(given_noise=few, lr=0.9) == ("hold", 4)
+    held = propose(CONFIG, state(lr=0.9), few).reason
+    assert "fell to 1/1.11" in held
+    assert "a batch of 64 exceeds" in held
 
 
 @pytest.mark.parametrize(
@@ -99,14 +137,25 @@ def test_growth_stops_at_the_longest_window(steps):
 
 
 def test_growth_can_be_switched_off():
-    assert proposed(replace(CONFIG, grow_when_stable=False)) == ("hold", 4)
-    assert proposed(replace(CONFIG, grow_in_decay=False), lr=0.2) == ("hold", 4)
+    assert proposed(BY_DECAY) == ("hold", 4)
+    neither = replace(BY_DECAY, grow_in_decay=False)
+    assert proposed(neither, lr=0.2) == ("hold", 4)
 
 
 @pytest.mark.parametrize(("factor", "action"), [(0.99, "shrink"), (1.01, "hold")])
 def test_a_noise_far_below_the_batch_halves_the_window(factor, action):
     few = noise(8, lower=0.0, upper=factor * 64 / SHRINK_BELOW)
-    assert proposed(given_noise=few, accumulation_steps=8)[0] == action
+    cheap = replace(CONFIG, update_price=1e-6)
+    assert proposed(cheap, few, accumulation_steps=8)[0] == action
+
+
+@pytest.mark.parametrize(("factor", "action"), [(0.99, "shrink"), (1.01, "hold")])
+def test_a_batch_that_pays_is_not_halved(factor, action):
+    """The noise is a hundredth of the batch, and an update so dear that it pays all the same."""
+    upper = 64 / 100
+    price = factor * (64 / SHRINK_BELOW) ** 2 / (32 * upper)
+    dear = replace(CONFIG, update_price=price)
+    assert proposed(dear, noise(8, 0.0, upper), accumulation_steps=8)[0] == action
 
 
 def test_the_window_shrinks_to_its_least_and_no_further():
@@ -122,28 +171,29 @@ def test_the_window_shrinks_to_its_least_and_no_further():
     [(0.81, 4), (0.8, 5), (0.6, 6), (0.5, 8), (0.25, 8), (1e-9, 8), (1e-320, 8)],
 )
 def test_in_decay_the_window_grows_as_the_rate_falls_and_at_most_doubles(lr, steps):
-    assert proposed(lr=lr, stable_steps=4)[1] == steps
+    assert proposed(BY_DECAY, lr=lr)[1] == steps
 
 
 @pytest.mark.parametrize("lr", [0.0, -0.1])
-def test_a_learning_rate_that_is_not_positive_holds(lr):
-    assert proposed(lr=lr) == ("hold", 4)
+def test_a_learning_rate_that_is_not_positive_lets_nothing_grow_by_decay(lr):
+    assert proposed(BY_DECAY, lr=lr) == ("hold", 4)
 
 
 @pytest.mark.parametrize(("lower", "action"), [(31.9, "hold"), (32.1, "grow")])
 def test_growth_in_decay_takes_a_gradient_dominated_by_noise(lower, action):
     """A noise fraction of a half at 32 samples is a scale of 32."""
-    assert proposed(given_noise=noise(lower=lower), lr=0.5)[0] == action
+    assert proposed(BY_DECAY, noise(lower=lower), lr=0.5)[0] == action
 
 
 @pytest.mark.parametrize(("lower", "action"), [(63.9, "hold"), (64.1, "grow")])
 def test_caution_halves_the_noise_scale_in_decay(lower, action):
     """After a revert the gate is twice as strict, and not shut."""
-    assert proposed(given_noise=noise(lower=lower), lr=0.5, caution=0.5)[0] == action
+    assert proposed(BY_DECAY, noise(lower=lower), lr=0.5, caution=0.5)[0] == action
 
 
-@pytest.mark.parametrize(("lower", "action"), [(255.9, "hold"), (256.1, "grow")])
-def test_caution_halves_the_noise_scale_when_stable(lower, action):
+@pytest.mark.parametrize(("lower", "action"), [(63.9, "hold"), (64.1, "grow")])
+def test_caution_halves_the_noise_scale_that_pays(lower, action):
+    """Half of it and a price of four times 32 make 64."""
     assert proposed(given_noise=noise(lower=lower), caution=0.5)[0] == action
 
 
