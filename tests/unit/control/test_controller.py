@@ -67,7 +67,7 @@ def test_a_million_samples_of_rising_noise_take_few_changes_and_no_reversal(run_
 def test_a_noise_that_collapses_shrinks_the_window(run_of):
     """By halves to the one that pays, within four times the samples before the collapse."""
     dear = controller(update_price=4.0)
-    run = run_of(dear, lambda seen: 2000 if seen < 5e4 else 4).until(2e5)
+    run = run_of(dear, lambda seen: 1500 if seen < 5e4 else 4).until(2e5)
     assert run.changes[3][1:] == ("grow", 16)
     assert set(run.actions[4:]) == {"shrink"}
     assert run.controller.state.accumulation_steps in (2, 4)
