@@ -86,9 +86,9 @@ def test_a_longer_window_holds_one_gradient_in_fp32_or_wider(dtype, mode):
 
 
 def test_the_buffer_goes_when_the_window_returns_to_one():
-    """As after a probe, and with what a flush or a load leaves behind."""
+    """As after a probe, every third at first, and with what a flush or a load leaves behind."""
     model = build(torch.float32)
-    optimizer = NoiseAwareAdamW(model.parameters(), noise=growing(min_count=1e9, probe_interval=3))
+    optimizer = NoiseAwareAdamW(model.parameters(), noise=growing(min_count=1e9, probe_interval=12))
     held = []
     for batch in draw(8, dtype=torch.float32):
         train(model, optimizer, [batch])
