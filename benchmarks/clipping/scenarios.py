@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from noiseopt import NoiseConfig
+from noiseopt.control import RATE_RULES, Controller
+
 Batch = tuple[Tensor, ...]
 
 DECISION_INTERVAL = 10  # updates, as in NoiseConfig: where ours can change its window
@@ -61,10 +64,10 @@ class Plan:
 
     def windows(self) -> Iterator[int]:
         """The length of every window, probes of two among those of one included."""
+        ours = Controller.create(NoiseConfig(probe_interval=PROBE_INTERVAL), RATE_RULES["adam"])
         for update in range(self.updates):
             steps = self.steps(update)
-            probes = steps == 1 and (update + 1) % PROBE_INTERVAL == 0
-            yield 2 if probes else steps
+            yield ours.window_steps(update) if steps == 1 else steps
 
 
 @dataclass(frozen=True)

@@ -134,10 +134,11 @@ def test_published_settings_are_the_defaults():
 def test_the_batch_doubles_and_halves():
     windows = list(Plan().windows())
     assert len(windows) == Plan().updates == FULL_LENGTH
-    assert sum(windows) == Plan().micro_batches == 1880
+    assert sum(windows) == Plan().micro_batches == 1928
     changes = [new for old, new in pairwise(windows[320:]) if new != old]
     assert changes[:4] == [4, 2, 1, 2]  # the last is a probe
-    assert [update + 1 for update in range(320) if windows[update] == 2] == list(range(16, 321, 16))
+    probes = [*range(4, 257, 4), *range(272, 321, 16)]  # the first 64 come four times as often
+    assert [update + 1 for update in range(320) if windows[update] == 2] == probes
 
 
 def test_a_phase_ends_where_ours_can_decide():
@@ -283,7 +284,7 @@ def test_left_out_updates_are_caught():
 
 def test_the_data_must_suffice():
     short = replace(LINE, batches=lambda split, seed: iter([next(line_batches(split, seed))] * 5))
-    with pytest.raises(RuntimeError, match="data ends in update 6"):
+    with pytest.raises(RuntimeError, match="data ends in update 5"):
         train(short, "none", SCENARIOS["clean"], 0, "tuning", PLAN)
 
 
