@@ -435,7 +435,7 @@ def test_what_is_tuned_is_reported(finished):
     keys = "workload arm seed split updates samples val_loss val_loss_averaged wall_seconds config"
     assert set(records[0]) == {*keys.split(), "commit"}
     seeds = {(r["split"], r["seed"]) for r in records}
-    reporting = {("reporting", seed) for seed in (1, 2, 3)}
+    reporting = {("reporting", seed) for seed in (1, 2, 3, 4, 5, 6)}
     assert seeds == {("tuning", seed) for seed in (101, 102, 103)} | reporting
 
 
