@@ -42,7 +42,7 @@ class NoiseAwareLR(LRScheduler):
 
     `group["lr"]` stays what the user's own schedule makes it, so every torch scheduler keeps its
     meaning. That schedule, if given, is advanced once for each micro-batch that was consumed: it
-    counts samples, whatever the windows do. Learning rate, beta2 and decoupled weight decay follow
+    counts samples, whatever the windows do. Learning rate, betas and decoupled weight decay follow
     the batch, each as `NoiseConfig` says.
 
     Args:
