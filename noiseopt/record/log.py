@@ -36,7 +36,7 @@ class DecisionLog:
         >>> model = torch.nn.Linear(2, 1)
         >>> optimizer = noiseopt.NoiseAwareAdamW(model.parameters())
         >>> optimizer.add_observer(DecisionLog(path))
-        >>> for _ in range(20):
+        >>> for _ in range(22):
         ...     model(torch.randn(4, 2)).square().mean().backward()
         ...     optimizer.step()
         ...     optimizer.zero_grad()
