@@ -3,7 +3,7 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, stdev
@@ -90,9 +90,22 @@ def constants(found: dict[str, dict[int, Record]]) -> list[str]:
     return [arm for arm in names if len(found[arm]) == most]
 
 
-def frontier(found: dict[str, dict[int, Record]]) -> list[tuple[float, float]]:
-    """Updates and loss of the constants, by updates."""
-    return sorted((mean_updates(found[arm]), mean_loss(found[arm])) for arm in constants(found))
+def frontier(
+    found: dict[str, dict[int, Record]], seeds: Collection[int]
+) -> list[tuple[float, float]]:
+    """Updates and loss on these seeds of the constants that have them all, by updates."""
+    whole = [arm for arm in arms.CONSTANTS if arm in found and found[arm].keys() >= set(seeds)]
+    on_seeds = [{seed: found[arm][seed] for seed in seeds} for arm in whole if seeds]
+    return sorted((mean_updates(records), mean_loss(records)) for records in on_seeds)
+
+
+def above_frontier(arm: str, found: dict[str, dict[int, Record]]) -> float | None:
+    """An arm's relative loss over the constants', on the seeds that all of these have."""
+    known = [found[name].keys() for name in arms.CONSTANTS if name in found]
+    seeds = set(found[arm]).intersection(*known)
+    on_seeds = {seed: record for seed, record in found[arm].items() if seed in seeds}
+    expected = frontier_at(frontier(found, seeds), mean_updates(on_seeds)) if seeds else None
+    return None if expected is None else mean_loss(on_seeds) / expected - 1
 
 
 def frontier_at(points: Sequence[tuple[float, float]], updates: float) -> float | None:
@@ -111,20 +124,13 @@ def rows(records: Sequence[Record], workload: str, split: str = "reporting") -> 
     if not names:
         return []
     best = min(names, key=lambda arm: mean_loss(found[arm]))
-    points = frontier(found)
-    return [_row(arm, found, found[best], points) for arm in found]
+    return [_row(arm, found, found[best]) for arm in found]
 
 
-def _row(
-    arm: str,
-    found: dict[str, dict[int, Record]],
-    best: dict[int, Record],
-    points: Sequence[tuple[float, float]],
-) -> Row:
+def _row(arm: str, found: dict[str, dict[int, Record]], best: dict[int, Record]) -> Row:
     seeds = found[arm]
     updates, loss = mean_updates(seeds), mean_loss(seeds)
     pairs = [loss_of(seeds[seed]) / loss_of(best[seed]) - 1 for seed in seeds if seed in best]
-    expected = frontier_at(points, updates)
     return Row(
         arm=arm,
         seeds=tuple(sorted(seeds)),
@@ -135,7 +141,7 @@ def _row(
         update_ratio=updates / mean_updates(best),
         excess=fmean(pairs) if pairs else math.nan,
         excess_spread=_deviation(pairs),
-        above_frontier=None if expected is None else loss / expected - 1,
+        above_frontier=above_frontier(arm, found),
         time_ratio=modelled_time(seeds, UPDATE_COST) / modelled_time(best, UPDATE_COST),
     )
 
