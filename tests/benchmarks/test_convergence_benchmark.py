@@ -566,6 +566,14 @@ def test_rows_compare_with_the_best_constant_and_the_frontier():
     assert found["gns-l2"].loss == math.inf
 
 
+def test_the_frontier_is_of_the_seeds_that_all_constants_have():
+    """A third seed of the arm and of one constant changes nothing."""
+    more = [record("auto", 3, 1200, 9.0), record("constant-1", 3, 2400, 9.0)]
+    auto = {row.arm: row for row in table.rows([*RECORDS, *more], "digits")}["auto"]
+    assert auto.seeds == (1, 2, 3)
+    assert auto.above_frontier == pytest.approx(1.0605 / 1.15 - 1)
+
+
 def test_the_table_and_the_figure_are_redrawn_from_the_records(tmp_path):
     (tmp_path / "convergence.json").write_text(json.dumps(RECORDS))
     for split, suffix in (("reporting", ""), ("tuning", "-tuning")):
