@@ -93,9 +93,10 @@ def constants(found: dict[str, dict[int, Record]]) -> list[str]:
 def frontier(
     found: dict[str, dict[int, Record]], seeds: Collection[int]
 ) -> list[tuple[float, float]]:
-    """Updates and loss on these seeds of the constants that have them all, by updates."""
-    whole = [arm for arm in arms.CONSTANTS if arm in found and found[arm].keys() >= set(seeds)]
-    on_seeds = [{seed: found[arm][seed] for seed in seeds} for arm in whole if seeds]
+    """Updates and loss of the constants on these seeds, which they all have, by updates."""
+    on_seeds = [
+        {seed: found[arm][seed] for seed in seeds} for arm in arms.CONSTANTS if arm in found
+    ]
     return sorted((mean_updates(records), mean_loss(records)) for records in on_seeds)
 
 

@@ -48,7 +48,7 @@ def _noisy(noise: NoiseEstimate, last: Decision, config: NoiseConfig) -> str:
     text = f"an update makes at most {percent(1 - low)} of the progress of an exact gradient's"
     per_step = noise.batch / _steps(noise, last)
     scale = noise.scale_interval[0]
-    price = config.update_price * config.accumulation_steps * per_step
+    price = config.update_price * last.samples_seen / last.reference_updates
     steps = math.floor(paying_batch(price, scale) / per_step)
     if steps <= _steps(noise, last) or not math.isfinite(steps * per_step):
         return text

@@ -15,6 +15,7 @@ from tests.distributed.ranks import RANKS
 EXAMPLE = Path(__file__).parents[2] / "examples" / "deepspeed"
 INTERVAL = 10  # updates between decisions, which is the default
 STEPS = 3 * INTERVAL + 2
+MICRO_BATCH = 4  # samples on each rank, in every zero*.json
 SMALL = ("--layers", 1, "--width", 16, "--context", 4, "--save-every", 2 * INTERVAL)
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", RANKS)
 DEEPSPEED = ("deepspeed.launcher.runner", "--num_accelerators", RANKS, "--master_port")
@@ -81,7 +82,9 @@ def test_started_by_torchrun_and_again_it_goes_on(noise, tmp_path):
     start(TORCHRUN, 3, *arguments, 2 * STEPS)
     both = read(tmp_path / "decisions.jsonl")
     assert both.decisions[: len(first.decisions)] == first.decisions
-    assert len(both.decisions) > len(first.decisions)
+    last, budget = both.decisions[-1], 2 * STEPS * MICRO_BATCH * RANKS
+    assert last.samples_seen <= budget
+    assert budget - last.samples_seen < INTERVAL * last.batch, "a decision is missing"
     assert updates(both) == [INTERVAL * (1 + index) for index in range(len(both.decisions))]
     assert both.stretches[1].start.config == both.stretches[0].start.config
     before, after = both.stretches[0].decisions[-1], both.stretches[1].decisions[0]

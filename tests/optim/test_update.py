@@ -165,9 +165,14 @@ def test_after_a_step_that_raised_the_next_window_is_whole():
 # ---------------------------------------------------------------------- rates
 
 
-def with_factor(optimizer_class, model, steps=2, noise_ratio=10.0, **kwargs):
+def with_factor(optimizer_class, model, steps=2, noise_ratio=10.0, adapt_beta1=True, **kwargs):
     """An optimizer in a window of `steps`, grown from one, at a known noise."""
-    config = NoiseConfig(max_accumulation_steps=steps, decision_interval=10**6, adapt_clip=False)
+    config = NoiseConfig(
+        max_accumulation_steps=steps,
+        decision_interval=10**6,
+        adapt_clip=False,
+        adapt_beta1=adapt_beta1,
+    )
     optimizer = optimizer_class(model.parameters(), noise=config, **kwargs)
     state = optimizer.state_dict()
     state["param_groups"][0]["noise"] |= {"accumulation_steps": steps, "noise_ratio": noise_ratio}
@@ -210,7 +215,7 @@ ADAMS = {
 }
 NEEDS_DECOUPLED = pytest.mark.skipif(
     "decoupled_weight_decay" not in inspect.signature(torch.optim.Adam).parameters,
-    reason="torch before 2.7 has no Adam(decoupled_weight_decay=)",
+    reason="torch 2.6, which we allow, has no Adam(decoupled_weight_decay=)",
 )
 SWITCHES = [
     {},
@@ -293,6 +298,27 @@ def test_moments_of_a_torch_checkpoint_are_corrected_from_their_own_age():
         reference.zero_grad()
         loss_of(reference, batch).backward()
         slow.step(lr=factor, beta1=factor, beta2=2.0, weight_decay=1.0)
+    assert difference(model, reference) <= 1e-10
+
+
+def test_a_state_from_before_beta1_followed_goes_on():
+    """It lacks the first moment's excess: its beta1 was the user's own in every update."""
+    kwargs = {"lr": 3e-3, "betas": (0.9, 0.95), "weight_decay": 0.3}
+    batches = draw(12 + 20)
+    model, reference = build(), build()
+    slow = SlowAdam(reference, decoupled=True, **kwargs)
+    before, factor = with_factor(NoiseAwareAdamW, model, adapt_beta1=False, eps=1e-30, **kwargs)
+    train(model, before, batches[:12])
+    state = before.state_dict()
+    numbers = state["param_groups"][0]["noise"]
+    assert numbers.pop(EXCESSES[0]) == 0 != numbers[EXCESSES[1]]
+    optimizer, _ = with_factor(NoiseAwareAdamW, model, eps=1e-30, **kwargs)
+    optimizer.load_state_dict(state)
+    train(model, optimizer, batches[12:])
+    for index, batch in enumerate(joined(batches, 2)):
+        reference.zero_grad()
+        loss_of(reference, batch).backward()
+        slow.step(lr=factor, beta1=1.0 if index < 6 else factor, beta2=2.0, weight_decay=1.0)
     assert difference(model, reference) <= 1e-10
 
 

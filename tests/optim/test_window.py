@@ -167,7 +167,9 @@ def test_told_sample_counts_weight_the_mean(name, kernel, mode):
 @pytest.mark.parametrize("name", ["RMSprop", "Adagrad", "NAdam", "Muon", "Adafactor", "Rprop"])
 def test_optimizers_made_aware_by_name_average_too(name):
     if not hasattr(torch.optim, name):
-        pytest.skip(f"torch {torch.__version__} has no {name}: Muon came with 2.9")
+        pytest.skip(
+            f"torch {torch.__version__} has no {name}: Muon came with 2.9, and we allow 2.6"
+        )
     theirs = getattr(torch.optim, name)
     batches = draw(STEPS * UPDATES)
     model = build(bias=False)
