@@ -1,7 +1,8 @@
 """The arms by name, and the settings that each name stands for.
 
 `constant-4`, `seesaw`, `auto`, `auto-without-verify`; any of them with other settings as
-`seesaw@alpha=1.2` or `auto@decay_noise_fraction=0.5,verify=False`.
+`seesaw@alpha=1.2` or `auto@decay_noise_fraction=0.5,verify=False`, or with another beta1 of the
+user's as `auto@beta1=0.8`.
 """
 
 import ast
@@ -18,6 +19,7 @@ from noiseopt import NoiseConfig
 WINDOWS = (1, 2, 4, 8, 16)
 CONSTANTS = tuple(f"constant-{window}" for window in WINDOWS)
 RIVALS = tuple(name for name in RULES if name != "constant")
+BETA1 = "beta1"  # a setting of every arm, which is the optimizer's and not its rule's
 MAX_NORM = 1.0  # where all arms clip; ours may do so at a lower norm
 
 # Ours with a part removed, or with one that is off by default.
@@ -53,7 +55,7 @@ def window_of(arm: str) -> int | None:
 
 
 def settings(arm: str) -> dict[str, Any]:
-    """The settings that an arm's name stands for: of `NoiseConfig`, or of its rule.
+    """The settings that an arm's name stands for: of `NoiseConfig` or of its rule, and beta1.
 
     Raises:
         ValueError: there is no such arm or setting.
@@ -71,6 +73,7 @@ def settings(arm: str) -> dict[str, Any]:
         known = {field.name for field in fields(RULES[name])}
     else:
         raise ValueError(f"{arm!r} is no arm: {', '.join((*MAIN, *ABLATIONS))}")
+    known.add(BETA1)
     for pair in filter(None, rest.split(",")):
         key, _, value = pair.partition("=")
         if key not in known:

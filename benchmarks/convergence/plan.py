@@ -80,7 +80,7 @@ class Plan:
         options = self._way(workload, arm) if lr else None
         if lr is None or options is None:
             return None
-        return Run(workload, arm, seed, split, _config(workload, arm, *lr, options))
+        return Run(workload, arm, seed, split, config_of(workload, arm, *lr, options))
 
     def chosen(self, workload: str, arm: str) -> tuple[float, float] | None:
         """The rate and beta2 of a constant arm at a window of 1; None while they are sought."""
@@ -205,14 +205,18 @@ class Plan:
         options: dict[str, Any],
         seed: int = TUNING_SEEDS[0],
     ) -> Run:
-        config = _config(workload, arm, lr, beta2, options)
+        config = config_of(workload, arm, lr, beta2, options)
         return Run(workload, arm, seed, "tuning", config)
 
 
-def _config(
+def config_of(
     workload: str, arm: str, lr: float, beta2: float, options: dict[str, Any]
 ) -> dict[str, Any]:
-    config = {"lr": lr, "beta2": beta2, "options": options}
+    """Everything that such a run depends on but its seed and split."""
+    of_rule = {key: value for key, value in options.items() if key != arms.BETA1}
+    config = {"lr": lr, "beta2": beta2, "options": of_rule}
+    if arms.BETA1 in options:
+        config[arms.BETA1] = options[arms.BETA1]
     config["workload"] = WORKLOADS[workload].described()
     if arms.is_ours(arm):
         config[CODE] = arms.our_code()

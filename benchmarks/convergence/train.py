@@ -17,7 +17,7 @@ from noiseopt import NoiseAwareAdamW, NoiseConfig
 from noiseopt.control import Decision
 from noiseopt.estimate import NoiseEstimate, NoiseEstimator
 
-BETA1 = 0.9
+BETA1 = 0.9  # of every arm that does not name another
 AVERAGE = 0.03  # the half-life of the averaged weights, as a share of the run
 VALIDATIONS = 20
 ROWS = 128  # of a trajectory, besides those where the window changed
@@ -27,6 +27,11 @@ COLUMNS = (
     *("samples", "updates", "window", "lr_factor", "train_loss"),
     *("noise_scale", "fraction", "fraction_low", "fraction_high"),
 )
+
+
+def betas_of(config: dict[str, Any]) -> tuple[float, float]:
+    """Adam's betas at a window of 1."""
+    return config.get(arms.BETA1, BETA1), config["beta2"]
 
 
 class Trainer(Protocol):
@@ -61,7 +66,7 @@ class Ours:
         self.optimizer = NoiseAwareAdamW(
             model.parameters(),
             lr=config["lr"],
-            betas=(BETA1, config["beta2"]),
+            betas=betas_of(config),
             weight_decay=workload.weight_decay,
             noise=NoiseConfig(samples_per_micro_batch=workload.micro_batch, **config["options"]),
         )
@@ -101,7 +106,8 @@ class Rival:
     def __init__(
         self, model: nn.Module, workload: Workload, config: dict[str, Any], rule: Rule
     ) -> None:
-        self.model, self.workload, self.rule, self.beta2 = model, workload, rule, config["beta2"]
+        self.model, self.workload, self.rule = model, workload, rule
+        self.beta1, self.beta2 = betas_of(config)
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config["lr"], weight_decay=workload.weight_decay
         )
@@ -150,7 +156,7 @@ class Rival:
         clip_grad_norm_(self.model.parameters(), arms.MAX_NORM)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * self.lr_factor
-            group["betas"] = (BETA1, self.rule.beta2(self.beta2, self.window))
+            group["betas"] = (self.beta1, self.rule.beta2(self.beta2, self.window))
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.updates += 1

@@ -17,7 +17,7 @@ from benchmarks.convergence import train as training
 from benchmarks.convergence.__main__ import app
 from benchmarks.convergence.cache import Cache, Run
 from benchmarks.convergence.gradients import Spread, WindowGradient
-from benchmarks.convergence.plan import Plan
+from benchmarks.convergence.plan import Plan, config_of
 from benchmarks.convergence.table import loss_of
 from benchmarks.convergence.tuning import BETA2, Setting, best, ranked, untried
 from benchmarks.convergence.workloads import MAIN, WORKLOADS, autoencoder, digits, gpt
@@ -71,8 +71,7 @@ def line(monkeypatch):
 
 
 def run_of(arm, workload="line", seed=1, lr=0.05, beta2=0.99, **options):
-    config = {"lr": lr, "beta2": beta2, "options": arms.settings(arm) | options}
-    config["workload"] = WORKLOADS[workload].described()
+    config = config_of(workload, arm, lr, beta2, arms.settings(arm) | options)
     return Run(workload, arm, seed, "reporting", config)
 
 
@@ -210,6 +209,15 @@ def test_ours_is_the_optimizer_with_default_settings_and_the_ceiling_of_all_arms
     torch.manual_seed(1)
     config = training.trainer_of(run, Line(), line).optimizer.config
     assert config == replace(type(config)(), samples_per_micro_batch=8, max_norm=arms.MAX_NORM)
+
+
+@pytest.mark.parametrize("arm", ["constant-1", "seesaw", "auto"])
+def test_every_arm_takes_another_beta1(line, arm):
+    batch = next(iter(line.load("reporting").batches(1)))
+    for name, beta1 in ((arm, 0.9), (f"{arm}@beta1=0.7", 0.7)):
+        trainer = training.trainer_of(run_of(name), Line(), line)
+        trainer.feed(batch, 0.05)
+        assert trainer.optimizer.param_groups[0]["betas"] == (beta1, 0.99)
 
 
 @pytest.mark.parametrize("parts", [4, 8])
