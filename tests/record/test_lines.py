@@ -106,28 +106,28 @@ def damaged(item, **changes):
 START = Start.of_run(CONFIG, "adam")
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("not json", "Expecting value"),
-        ("[1]", "does not say its schema"),
-        ('{"loss": 1}', "does not say its schema"),
-        (damaged(START, schema=1), "its schema is 1; this noiseopt reads 2"),
-        (damaged(START, time=None), "its time is None"),
-        (damaged(START, kind="other"), "its kind is 'other'"),
-        (damaged(START, kind="decision"), "Decision lacks accumulation_steps"),
-        (damaged(START, config=...), "Start lacks config"),
-        (damaged(START, rule="lamb"), "rule is 'lamb': it must be one of"),
-        (damaged(START, config={"mode": "maybe"}), "Start.config lacks"),
-        (damaged(START, state={}), "lacks 'estimator.samples_seen'"),
-        (damaged(START, state=[]), r"Start.state is \[\]"),
-        (damaged(START, groups="0"), "Start.groups is '0'"),
-        (damaged(FIRST, accumulation_steps=...), "Decision lacks accumulation_steps"),
-        (damaged(FIRST, action=7), "Decision.action is 7"),
-        (damaged(FIRST, rates=3), "Decision.rates is 3"),
-        (damaged(FIRST, windows=[[None, 1]]), "Decision.windows lacks applied"),
-    ],
-)
+DAMAGES = [
+    ("not json", "Expecting value"),
+    ("[1]", "does not say its schema"),
+    ('{"loss": 1}', "does not say its schema"),
+    (damaged(START, schema=1), "its schema is 1; this noiseopt reads 2"),
+    (damaged(START, time=None), "its time is None"),
+    (damaged(START, kind="other"), "its kind is 'other'"),
+    (damaged(START, kind="decision"), "Decision lacks accumulation_steps"),
+    (damaged(START, config=...), "Start lacks config"),
+    (damaged(START, rule="lamb"), "rule is 'lamb': it must be one of"),
+    (damaged(START, config={"mode": "maybe"}), "Start.config lacks"),
+    (damaged(START, state={}), "lacks 'estimator.samples_seen'"),
+    (damaged(START, state=[]), r"Start.state is \[\]"),
+    (damaged(START, groups="0"), "Start.groups is '0'"),
+    (damaged(FIRST, accumulation_steps=...), "Decision lacks accumulation_steps"),
+    (damaged(FIRST, action=7), "Decision.action is 7"),
+    (damaged(FIRST, rates=3), "Decision.rates is 3"),
+    (damaged(FIRST, windows=[[None, 1]]), "Decision.windows lacks applied"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), DAMAGES, ids=range(len(DAMAGES)))
 def test_damage_is_named(line, message):
     with pytest.raises(ValueError, match=message):
         from_line(line)
