@@ -19,7 +19,7 @@ from noiseopt import NoiseConfig
 WINDOWS = (1, 2, 4, 8, 16)
 CONSTANTS = tuple(f"constant-{window}" for window in WINDOWS)
 RIVALS = tuple(name for name in RULES if name != "constant")
-BETA1 = "beta1"  # a setting of every arm, which is the optimizer's and not its rule's
+OF_THE_OPTIMIZER = ("beta1",)  # settings that every arm has, beside those of its rule
 MAX_NORM = 1.0  # where all arms clip; ours may do so at a lower norm
 
 # Ours with a part removed, or with one that is off by default.
@@ -73,7 +73,7 @@ def settings(arm: str) -> dict[str, Any]:
         known = {field.name for field in fields(RULES[name])}
     else:
         raise ValueError(f"{arm!r} is no arm: {', '.join((*MAIN, *ABLATIONS))}")
-    known.add(BETA1)
+    known.update(OF_THE_OPTIMIZER)
     for pair in filter(None, rest.split(",")):
         key, _, value = pair.partition("=")
         if key not in known:

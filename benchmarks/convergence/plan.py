@@ -213,10 +213,9 @@ def config_of(
     workload: str, arm: str, lr: float, beta2: float, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Everything that such a run depends on but its seed and split."""
-    of_rule = {key: value for key, value in options.items() if key != arms.BETA1}
+    of_rule = {key: value for key, value in options.items() if key not in arms.OF_THE_OPTIMIZER}
     config = {"lr": lr, "beta2": beta2, "options": of_rule}
-    if arms.BETA1 in options:
-        config[arms.BETA1] = options[arms.BETA1]
+    config |= {key: options[key] for key in arms.OF_THE_OPTIMIZER if key in options}
     config["workload"] = WORKLOADS[workload].described()
     if arms.is_ours(arm):
         config[CODE] = arms.our_code()

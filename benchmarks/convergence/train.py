@@ -31,7 +31,7 @@ COLUMNS = (
 
 def betas_of(config: dict[str, Any]) -> tuple[float, float]:
     """Adam's betas at a window of 1."""
-    return config.get(arms.BETA1, BETA1), config["beta2"]
+    return config.get("beta1", BETA1), config["beta2"]
 
 
 class Trainer(Protocol):

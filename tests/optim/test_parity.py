@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from noiseopt.optim import NoiseAwareAdam, NoiseAwareAdamW, NoiseAwareSGD, noise_aware
 from tests.optim.helpers import (
+    NEEDS_MUON,
     PAIRS,
     build,
     draw,
@@ -111,8 +112,7 @@ def test_parameters_and_state_agree_in_other_precisions(name, dtype, noise):
     assert_same_run(ours, theirs, (kwargs, kwargs), noise, dtype)
 
 
-# pyproject.toml allows torch >= 2.6, and Muon came with 2.9: with that or later this must run.
-@pytest.mark.skipif(torch.__version__ < "2.9", reason="torch before 2.9 has no Muon")
+@NEEDS_MUON
 @pytest.mark.parametrize("noise", INERT)
 @pytest.mark.parametrize(
     "kwargs",

@@ -15,6 +15,7 @@ from torch import nn
 from noiseopt import NoiseAwareAdamW, NoiseAwareSGD, noise_aware
 from tests.optim.helpers import (
     FEATURES,
+    NEEDS_MUON,
     OUTPUTS,
     PAIRS,
     advise,
@@ -162,10 +163,6 @@ def test_told_sample_counts_weight_the_mean(name, kernel, mode):
         optimizer.step()
         optimizer.zero_grad()
     assert difference(model, large(theirs, kwargs, batches)) <= EXACT
-
-
-# pyproject.toml allows torch >= 2.6, and Muon came with 2.9: with that or later it must run.
-NEEDS_MUON = pytest.mark.skipif(torch.__version__ < "2.9", reason="torch before 2.9 has no Muon")
 
 
 @pytest.mark.parametrize(
