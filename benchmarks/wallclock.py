@@ -48,8 +48,8 @@ from benchmarks import recording
 from benchmarks.convergence.arms import MAX_NORM
 from benchmarks.convergence.plan import TUNING_SEEDS
 from benchmarks.convergence.table import by_arm, mean_loss
-from benchmarks.convergence.train import BETA1, validate
-from benchmarks.convergence.workloads import WORKLOADS, Batch, Workload
+from benchmarks.convergence.train import validate
+from benchmarks.convergence.workloads import BETA1, WORKLOADS, Batch, Workload
 from benchmarks.ranks import on_ranks
 from noiseopt import NoiseAwareAdamW, NoiseConfig
 from noiseopt.control import Decision

@@ -1,8 +1,8 @@
 """The arms by name, and the settings that each name stands for.
 
 `constant-4`, `seesaw`, `auto`, `auto-without-verify`; any of them with other settings as
-`seesaw@alpha=1.2` or `auto@decay_noise_fraction=0.5,verify=False`, or with another beta1 of the
-user's as `auto@beta1=0.8`.
+`seesaw@alpha=1.2` or `auto@decay_noise_fraction=0.5,verify=False`, or with other settings of the
+user's than the tuned ones, as `auto@beta1=0.8` or `constant-1@lr=0.003`.
 """
 
 import ast
@@ -19,7 +19,7 @@ from noiseopt import NoiseConfig
 WINDOWS = (1, 2, 4, 8, 16)
 CONSTANTS = tuple(f"constant-{window}" for window in WINDOWS)
 RIVALS = tuple(name for name in RULES if name != "constant")
-OF_THE_OPTIMIZER = ("beta1",)  # settings that every arm has, beside those of its rule
+OF_THE_OPTIMIZER = ("lr", "beta1", "beta2")  # settings that every arm has, beside those of its rule
 MAX_NORM = 1.0  # where all arms clip; ours may do so at a lower norm
 
 # Ours with a part removed, or with one that is off by default.
@@ -55,7 +55,7 @@ def window_of(arm: str) -> int | None:
 
 
 def settings(arm: str) -> dict[str, Any]:
-    """The settings that an arm's name stands for: of `NoiseConfig` or of its rule, and beta1.
+    """The settings that an arm's name stands for: of `NoiseConfig`, its rule or AdamW.
 
     Raises:
         ValueError: there is no such arm or setting.

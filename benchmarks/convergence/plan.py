@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.convergence import arms
 from benchmarks.convergence.cache import CODE, Cache, Record, Run
 from benchmarks.convergence.tuning import Setting, best, ranked, untried
-from benchmarks.convergence.workloads import WORKLOADS
+from benchmarks.convergence.workloads import BETA1, WORKLOADS
 
 TUNING_SEEDS = (101, 102, 103)  # the first is searched on, the others choose among the best
 FINALISTS = 3
@@ -65,6 +65,7 @@ class Plan:
 
     def tuning(self, workload: str, arm: str, only_choice: bool = False) -> Iterator[Item]:
         """The runs on the tuning seeds, by which an arm's settings are chosen, if any are."""
+        workload = tuned_on(workload)
         window = arms.window_of(arm)
         if window:
             yield from self._search(workload, window)
@@ -84,6 +85,7 @@ class Plan:
 
     def chosen(self, workload: str, arm: str) -> tuple[float, float] | None:
         """The rate and beta2 of a constant arm at a window of 1; None while they are sought."""
+        workload = tuned_on(workload)
         window = arms.window_of(arm) or 1
         means = {
             setting: self._mean_loss(workload, window, setting)
@@ -186,6 +188,7 @@ class Plan:
 
     def _way(self, workload: str, arm: str) -> dict[str, Any] | None:
         """The better of an arm's ways; None while it is not known."""
+        workload = tuned_on(workload)
         ways = list(self._ways(arm))
         lr = self.chosen(workload, "constant-1")
         if len(ways) == 1 or lr is None:
@@ -209,13 +212,20 @@ class Plan:
         return Run(workload, arm, seed, "tuning", config)
 
 
+def tuned_on(workload: str) -> str:
+    """The workload whose tuning chooses this one's settings."""
+    return WORKLOADS[workload].tuned_on or workload
+
+
 def config_of(
     workload: str, arm: str, lr: float, beta2: float, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Everything that such a run depends on but its seed and split."""
-    of_rule = {key: value for key, value in options.items() if key not in arms.OF_THE_OPTIMIZER}
-    config = {"lr": lr, "beta2": beta2, "options": of_rule}
-    config |= {key: options[key] for key in arms.OF_THE_OPTIMIZER if key in options}
+    own = {"lr": lr, "beta1": WORKLOADS[workload].beta1, "beta2": beta2}
+    config: dict[str, Any] = {key: options.get(key, value) for key, value in own.items()}
+    if config["beta1"] == BETA1:
+        del config["beta1"]  # as in records from before it could be chosen
+    config["options"] = {key: value for key, value in options.items() if key not in own}
     config["workload"] = WORKLOADS[workload].described()
     if arms.is_ours(arm):
         config[CODE] = arms.our_code()

@@ -12,12 +12,11 @@ from benchmarks.convergence import arms
 from benchmarks.convergence.cache import Record, Run
 from benchmarks.convergence.gradients import WindowGradient
 from benchmarks.convergence.rivals import Moment, Rule
-from benchmarks.convergence.workloads import WORKLOADS, Batch, Workload
+from benchmarks.convergence.workloads import BETA1, WORKLOADS, Batch, Workload
 from noiseopt import NoiseAwareAdamW, NoiseConfig
 from noiseopt.control import Decision
 from noiseopt.estimate import NoiseEstimate, NoiseEstimator
 
-BETA1 = 0.9  # of every arm that does not name another
 AVERAGE = 0.03  # the half-life of the averaged weights, as a share of the run
 VALIDATIONS = 20
 ROWS = 128  # of a trajectory, besides those where the window changed

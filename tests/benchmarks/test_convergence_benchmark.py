@@ -212,12 +212,19 @@ def test_ours_is_the_optimizer_with_default_settings_and_the_ceiling_of_all_arms
 
 
 @pytest.mark.parametrize("arm", ["constant-1", "seesaw", "auto"])
-def test_every_arm_takes_another_beta1(line, arm):
+def test_every_arm_takes_other_settings_of_the_users(line, monkeypatch, arm):
     batch = next(iter(line.load("reporting").batches(1)))
-    for name, beta1 in ((arm, 0.9), (f"{arm}@beta1=0.7", 0.7)):
-        trainer = training.trainer_of(run_of(name), Line(), line)
+    monkeypatch.setitem(WORKLOADS, "lower", replace(line, name="lower", beta1=0.8))
+    for name, workload, betas in (
+        (arm, "line", (0.9, 0.99)),
+        (arm, "lower", (0.8, 0.99)),
+        (f"{arm}@beta1=0.7,beta2=0.9", "lower", (0.7, 0.9)),
+    ):
+        trainer = training.trainer_of(run_of(name, workload), Line(), line)
         trainer.feed(batch, 0.05)
-        assert trainer.optimizer.param_groups[0]["betas"] == (beta1, 0.99)
+        assert trainer.optimizer.param_groups[0]["betas"] == betas
+    assert run_of(f"{arm}@lr=0.01").config["lr"] == 0.01
+    assert run_of(f"{arm}@beta1=0.9").config == run_of(arm).config
 
 
 @pytest.mark.parametrize("parts", [4, 8])
@@ -445,6 +452,17 @@ def test_what_is_tuned_is_reported(finished):
     seeds = {(r["split"], r["seed"]) for r in records}
     reporting = {("reporting", seed) for seed in (1, 2, 3, 4, 5, 6)}
     assert seeds == {("tuning", seed) for seed in (101, 102, 103)} | reporting
+
+
+def test_a_workload_may_take_what_another_was_tuned_to(finished, fake, monkeypatch):
+    monkeypatch.setitem(WORKLOADS, "long", replace(TINY, name="long", tuned_on="line", lr=7.0))
+    job = replace(finished, workloads=("long",), arms=("ramp",), split="reporting", seeds=(4,))
+    work.work(job)
+    plan = Plan(job.cache, ("line", "long"))
+    assert [name.rpartition("-")[0] for name in fake.done] == ["long/ramp-reporting-4"]
+    assert plan.chosen("long", "constant-4") == plan.chosen("line", "constant-4")
+    ours, theirs = (plan.run(name, "ramp", 4, "reporting").config for name in ("long", "line"))
+    assert ours == theirs
 
 
 def test_a_rate_at_the_edge_of_stability_is_not_chosen(fake, tmp_path, monkeypatch):

@@ -5,12 +5,12 @@ training data too. Held-out data is the same for all arms and seeds of a split.
 """
 
 from benchmarks.convergence.workloads import autoencoder, digits, gpt
-from benchmarks.convergence.workloads.base import SPLITS, Batch, Data, Workload
+from benchmarks.convergence.workloads.base import BETA1, SPLITS, Batch, Data, Workload
 
 WORKLOADS: dict[str, Workload] = {
     workload.name: workload
-    for workload in (gpt.SMALL, digits.DIGITS, autoencoder.PHOTOGRAPHS, gpt.LARGE)
+    for workload in (gpt.SMALL, gpt.LONG, digits.DIGITS, autoencoder.PHOTOGRAPHS, gpt.LARGE)
 }
 MAIN = ("digits", "autoencoder", "gpt")  # what a plain `run` trains, the quickest first
 
-__all__ = ["MAIN", "SPLITS", "WORKLOADS", "Batch", "Data", "Workload"]
+__all__ = ["BETA1", "MAIN", "SPLITS", "WORKLOADS", "Batch", "Data", "Workload"]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 Batch = tuple[Tensor, ...]  # of equal first dimension, the samples; the model returns its mean loss
 
 SPLITS = ("tuning", "reporting")
+BETA1 = 0.9  # torch's default
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Workload:
         lr: where the search for the rate of a window of 1 begins.
         weight_decay: of every arm.
         warm_up: the share of the run in which the learning rate rises.
+        beta1: of every arm that does not name another.
+        tuned_on: another workload, whose rates and beta2 it takes; None where it has its own.
         settings: everything else that a change of would make another workload.
     """
 
@@ -48,6 +51,8 @@ class Workload:
     lr: float
     weight_decay: float = 0.1
     warm_up: float = 0.05
+    beta1: float = BETA1
+    tuned_on: str | None = None
     settings: dict[str, object] = field(default_factory=dict)
 
     def schedule(self, done: int) -> float:

@@ -7,7 +7,7 @@ and the others are halved, so that what a rate was tuned on is not what it is re
 import hashlib
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -65,7 +65,9 @@ def workload(name: str, shape: Shape, steps: int, batch_size: int, lr: float) ->
     )
 
 
-# 0.44M parameters on 1.05M bytes
-SMALL = workload("gpt", Shape(layers=2, width=128, heads=4, context=64), 2048, 8, lr=2e-3)
+# 0.44M parameters on 1.05M bytes, and on four times as many
+SMALL_SHAPE = Shape(layers=2, width=128, heads=4, context=64)
+SMALL = workload("gpt", SMALL_SHAPE, 2048, 8, lr=2e-3)
+LONG = replace(workload("gpt-long", SMALL_SHAPE, 8192, 8, lr=2e-3), beta1=0.8, tuned_on=SMALL.name)
 # 11M parameters on 25M bytes, four epochs of a split: minutes on an accelerator
 LARGE = workload("gpt-large", Shape(layers=6, width=384, heads=6, context=256), 6144, 16, lr=1e-3)
