@@ -55,15 +55,19 @@ class NoiseConfig:
             run's first 64 all are. The others still tell the norm of their mean.
         min_count: measured windows that an estimate must rest on to be acted upon.
         grow_by_noise: grow up to the root of the noise scale times the price of an update.
-        update_price: what an update is taken to cost, in batches of the first window: at 1 windows
-            grow up to the geometric mean of that batch and the noise scale, at 4 to twice as much.
+        update_price: what an update is taken to cost, in batches of the first window: at 4 windows
+            grow up to twice the geometric mean of that batch and the noise scale, at 1 up to that
+            mean. A short run of some thousand micro-batches loses less at 1, and saves less.
         grow_in_decay: grow as the schedule lowers the learning rate (Seesaw, Meterez et al. 2026).
-        decay_noise_fraction: in decay, the noise fraction's lower bound that growth requires.
+        decay_noise_fraction: in decay, the noise fraction's lower bound that growth requires. In the
+            norm in which Adam steps more is noise than in the plain one that is measured.
         shrink: halve the window when the noise scale's upper bound lies far below the batch.
         dwell_fraction: the least distance between two changes, as a share of the samples seen.
         dwell_updates: the same in updates; the longer of the two holds.
         adapt_lr: couple the learning rate to the batch by the optimizer's own rule.
         max_lr_factor: the largest factor on the user's learning rate; its inverse is the smallest.
+            If not given, what the optimizer's rule makes of four times the batch, 2 for Adam and 4
+            for SGD: growth beyond it cools, as a lower rate would.
         adapt_beta1: keep the distance over which Adam's first moment averages, half-life times
             learning rate.
         adapt_beta2: keep the half-life of Adam's second moment in samples.
@@ -104,14 +108,14 @@ class NoiseConfig:
     measure_interval: int = 4
     min_count: float = 8.0
     grow_by_noise: bool = True
-    update_price: float = 1.0
+    update_price: float = 4.0
     grow_in_decay: bool = True
-    decay_noise_fraction: float = 0.5
+    decay_noise_fraction: float = 1 / 3
     shrink: bool = True
     dwell_fraction: float = 0.05
     dwell_updates: int = 50
     adapt_lr: bool = True
-    max_lr_factor: float = 4.0
+    max_lr_factor: float | None = None
     adapt_beta1: bool = True
     adapt_beta2: bool = True
     min_beta2: float = 0.9
@@ -134,7 +138,8 @@ class NoiseConfig:
         self._check("loss_reduction", self.loss_reduction in reductions, f"one of {reductions}")
         self._check("objective", self.objective in OBJECTIVES, f"one of {OBJECTIVES}")
         for name in _AT_LEAST_ONE:
-            self._check(name, getattr(self, name) >= 1, "at least 1")
+            value = getattr(self, name)
+            self._check(name, value is None or value >= 1, "at least 1")
         for name in _NOT_NEGATIVE:
             self._check(name, getattr(self, name) >= 0, "at least 0")
         for name in _POSITIVE:

@@ -18,6 +18,7 @@ from noiseopt.control.state import ControllerState
 from noiseopt.estimate import NoiseEstimate
 
 CAUTION_AFTER_REVERT = 0.5
+RATE_FOLLOWS = 4.0  # growth of the batch that the learning rate follows, unless told
 PROBES_AT_FIRST = 64  # of them, four times as often as later
 PROBES_PER_RUN = 512  # after so many, probes become rarer as the run grows longer
 MEASURED_AT_FIRST = 64  # windows; mistakes in a loop show there
@@ -134,7 +135,8 @@ class Controller:
         lr = 1.0
         if config.adapt_lr:
             lr = self.rule(kappa / in_decay, state.noise_ratio) * self.rule(in_decay, math.inf)
-        lr = min(max(lr, 1 / config.max_lr_factor), config.max_lr_factor)
+        most = config.max_lr_factor or self.rule(RATE_FOLLOWS, math.inf)
+        lr = min(max(lr, 1 / most), most)
         return Rates(
             lr=lr,
             beta1=lr if config.adapt_beta1 else 1.0,

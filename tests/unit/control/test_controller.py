@@ -92,7 +92,7 @@ def test_decay_without_noise_does_not_grow(run_of):
     settings = {"accumulation_steps": 4, "min_accumulation_steps": 4}
     run = run_of(controller(**settings), lambda seen: 3, cosine(1e5)).until(1e5)
     assert run.changes == []
-    assert "growth takes 0.5" in run.decisions[len(run.decisions) // 2].reason
+    assert "growth takes 0.333" in run.decisions[len(run.decisions) // 2].reason
 
 
 def test_warm_up_holds(run_of):
@@ -104,6 +104,7 @@ def test_warm_up_holds(run_of):
 
 def test_windows_stay_within_their_limits_and_at_most_double(run_of):
     limits = {"accumulation_steps": 3, "min_accumulation_steps": 2, "max_accumulation_steps": 20}
+    limits["update_price"] = 1
     run = run_of(controller(**limits), lambda seen: 1e4 if seen < 4e4 else 1.0).until(1.5e5)
     steps = [3, *(steps for _, _, steps in run.changes)]
     assert (max(steps), min(steps)) == (20, 2)
@@ -258,7 +259,7 @@ def test_the_rates_follow_the_rule_and_keep_their_timescales(noise_ratio, steps)
     """
     scaled = at_ratio(noise_ratio, adapt_weight_decay=True)
     rates, kappa = scaled.rates(steps), steps / 4
-    assert rates.lr == pytest.approx(min(max(sqrt_gain(kappa, noise_ratio), 0.25), 4))
+    assert rates.lr == pytest.approx(min(max(sqrt_gain(kappa, noise_ratio), 0.5), 2))
     assert rates.lr * rates.weight_decay == pytest.approx(kappa)
     assert rates.beta1 == rates.lr
     assert rates.beta2 == kappa
@@ -268,6 +269,14 @@ def test_the_learning_rate_factor_is_capped_both_ways():
     capped = at_ratio(math.inf, adascale_gain, max_lr_factor=3.0)
     assert capped.rates(4 * 8).lr == 3.0
     assert capped.rates(1).lr == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(("rule", "most"), [(sqrt_gain, 2.0), (adascale_gain, 4.0)])
+def test_the_learning_rate_follows_a_batch_four_times_as_large_unless_told(rule, most):
+    followed, further = (at_ratio(math.inf, rule).rates(4 * growth) for growth in (4, 64))
+    assert followed.lr == further.lr == further.beta1 == most
+    assert further.beta2 == 64
+    assert at_ratio(math.inf, rule).rates(1).lr == 1 / most
 
 
 def test_each_rate_has_its_switch():

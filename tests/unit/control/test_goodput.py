@@ -234,7 +234,7 @@ def test_nothing_is_probed_for_other_objectives_or_without_leave():
 
 
 def test_in_decay_only_what_the_rate_fell_by_takes_the_rule_of_pure_noise():
-    config = NoiseConfig(objective="time")
+    config = NoiseConfig(objective="time", max_lr_factor=4.0)
     given = state(config, lr=0.5, accumulation_steps=8, reference_steps=1.0)
     controller = Controller(config, sqrt_gain, replace(given, noise_ratio=0.0))
     assert controller.rates(8).lr == pytest.approx(math.sqrt(2))
