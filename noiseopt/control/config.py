@@ -59,8 +59,8 @@ class NoiseConfig:
             grow up to twice the geometric mean of that batch and the noise scale, at 1 up to that
             mean. A short run of some thousand micro-batches loses less at 1, and saves less.
         grow_in_decay: grow as the schedule lowers the learning rate (Seesaw, Meterez et al. 2026).
-        decay_noise_fraction: in decay, the noise fraction's lower bound that growth requires. In the
-            norm in which Adam steps more is noise than in the plain one that is measured.
+        decay_noise_fraction: in decay, the noise fraction's lower bound that growth requires. Of
+            the norm in which Adam steps, noise is a larger part than of the plain one.
         shrink: halve the window when the noise scale's upper bound lies far below the batch.
         dwell_fraction: the least distance between two changes, as a share of the samples seen.
         dwell_updates: the same in updates; the longer of the two holds.
