@@ -76,10 +76,10 @@ def test_the_verdict_is_no_stronger_than_the_interval(low, high, begins, contain
 
 
 def test_a_run_that_is_too_noisy_is_told_which_windows_would_gain_how_much():
-    """The batch that pays is sqrt(8 x 90) = 26.8, six windows of 4: (1 + 90/8) / (1 + 90/24)."""
+    """The batch that pays is sqrt(4 x 8 x 90) = 53.7, 13 of 4: (1 + 90/8) / (1 + 90/52)."""
     text = report.verdict(with_interval(90.0, 100.0), CONFIG)
-    assert "windows of up to 6 micro-batches (24 samples)" in text
-    assert "would make 2.58 times as much or more" in text
+    assert "windows of up to 13 micro-batches (52 samples)" in text
+    assert "would make 4.49 times as much or more" in text
 
 
 def test_a_run_that_is_wasteful_is_told_what_half_the_batch_would_keep():

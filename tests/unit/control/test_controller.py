@@ -139,7 +139,7 @@ def test_what_hurts_is_reverted_and_what_does_not_is_kept(run_of):
 
 def test_each_revert_makes_growth_more_cautious_and_blocks_it(run_of):
     run = run_of(controller(), lambda seen: 1e5, warm_up, hurt_above(4))
-    while "revert" not in run.actions:
+    while "revert" not in run.actions and run.samples < 1e5:
         run.step()
     state = run.controller.state
     assert (state.reverts, state.caution) == (1, 0.5)
@@ -163,19 +163,20 @@ def test_without_verification_nothing_is_reverted(run_of):
 def test_a_reverted_shrink_does_not_make_growth_more_cautious(run_of):
     """The window that was too small is taken back; the noise scale was not at fault."""
     settings = {"accumulation_steps": 16, "probe_interval": 0, "decision_interval": 2}
+    settings["update_price"] = 1
 
     def loss(seen, steps, rng):
         return (1.05 if steps < 16 else 1.0) * 3 + 0.01 * rng.standard_normal()
 
     run = run_of(controller(**settings), lambda seen: 8.0, loss=loss)
-    while len(run.actions) < 2:
+    while len(run.actions) < 2 and run.samples < 1e5:
         run.step()
     assert run.actions == ["shrink", "revert"]
     assert (run.controller.state.reverts, run.controller.state.caution) == (1, 1.0)
 
 
 def test_shrinking_has_its_switch(run_of):
-    settings = {"accumulation_steps": 16, "probe_interval": 0, "shrink": False}
+    settings = {"accumulation_steps": 16, "probe_interval": 0, "update_price": 1, "shrink": False}
     assert run_of(controller(**settings), lambda seen: 8.0).until(3e4).changes == []
 
 
