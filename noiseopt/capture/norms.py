@@ -10,7 +10,7 @@ from torch import Tensor
 from noiseopt.capture.sharding import Share, local
 
 _EXACT = (torch.float32, torch.float64)
-_PIECE = 2**18
+_PIECE = 2**17
 _FEW = 2**16  # whose squares, summed in fp32, are right to 1e-5; if all are alike, to 1e-4
 
 
