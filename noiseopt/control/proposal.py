@@ -5,9 +5,9 @@ learning rate rises, or a revert is recent. Halve the window when the batch lies
 scale's upper bound, and above what pays by it. Double it while the batch stays below the one that
 pays: an update that costs r samples makes the most progress for its cost at B = sqrt(r B_noise),
 here with the lower bound (McCandlish et al., arXiv 1812.06162, appendix D). Where the user's
-schedule has lowered the rate by more than that, let the window follow it as long as noise
-dominates: with the square-root rule this trades a decay by a for one by sqrt(a) at a times the
-batch (Seesaw, Meterez et al. 2026), which is equivalent where tr(Sigma)/B >> |G|^2.
+schedule has lowered the rate by more than that, let the window follow it as long as enough of the
+gradient is noise: with the square-root rule this trades a decay by a for one by sqrt(a) at a times
+the batch (Seesaw, Meterez et al. 2026), which is equivalent where tr(Sigma)/B >> |G|^2.
 
 Where the objective is time, one rule takes the place of shrinking and of both ways to grow: go to
 the neighbour of clearly greater goodput (see `goodput`). It holds in decay too, without Seesaw's
