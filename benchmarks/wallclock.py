@@ -189,8 +189,8 @@ class Ours:
         self.optimizer.flush()
 
     def _observe(self, decision: Decision) -> None:
-        if decision.pace is not None:
-            self.costs = (decision.pace.per_update, decision.pace.per_micro_batch)
+        if decision.costs is not None:
+            self.costs = (decision.costs.per_update, decision.costs.per_micro_batch)
         if decision.action != "hold":
             self.changes.append((self.fed, decision.accumulation_steps, decision.reason))
 

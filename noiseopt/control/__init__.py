@@ -4,7 +4,6 @@ from noiseopt.control.config import NoiseConfig as NoiseConfig
 from noiseopt.control.controller import Controller as Controller
 from noiseopt.control.decision import Decision as Decision
 from noiseopt.control.decision import Window as Window
-from noiseopt.control.goodput import Pace as Pace
 from noiseopt.control.metrics import metrics as metrics
 from noiseopt.control.progress import Progress as Progress
 from noiseopt.control.proposal import paying_batch as paying_batch

@@ -32,11 +32,10 @@ class NoiseConfig:
         loss_reduction: "mean": the loss is a mean over its micro-batch. "sum": it is a sum, and
             `set_samples` says of how many or of what weight; the optimizer divides by the sum of
             all, over ranks and micro-batches.
-        objective: what windows are chosen for. "updates": as few as the noise allows. "time": the
-            most progress in a second, by the measured costs of an update and of a micro-batch and
-            by the noise; in place of `update_price` and `decay_noise_fraction`. While the costs are
-            not known apart, and now and then later, the windows between two decisions are twice as
-            long, to time them.
+        objective: what windows are chosen for. "updates": as few as `update_price` and the noise
+            allow. "time": the most progress in a second, by the price of an update that is
+            measured. While the costs of an update and of a micro-batch are not known apart, and now
+            and then later, the windows between two decisions are twice as long, to time them.
         samples_per_micro_batch: samples in one micro-batch on one rank. If not given, noise and
             batches are counted in micro-batches.
         tokens_per_sample: tokens in one sample, such as the length of a sequence; for the record

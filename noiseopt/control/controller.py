@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from noiseopt.control.config import NoiseConfig
-from noiseopt.control.costs import ENOUGH, Timing
+from noiseopt.control.costs import ENOUGH, Timing, timed_steps
 from noiseopt.control.decision import Decision, Window
-from noiseopt.control.goodput import pace, timed_steps
 from noiseopt.control.proposal import Change, propose
 from noiseopt.control.rates import RateRule, Rates
 from noiseopt.control.state import ControllerState
@@ -101,7 +100,7 @@ class Controller:
         is_turn = num_windows // config.decision_interval % 2 == 1
         if not is_turn or state.timing.probes(steps) > ENOUGH:
             return None
-        return timed_steps(config, steps)
+        return timed_steps(config.min_accumulation_steps, steps, config.max_accumulation_steps)
 
     def _noise_steps(self, num_windows: int) -> int:
         """The decided length, or a probe of two where windows of one gradient show no noise."""
@@ -199,8 +198,8 @@ class Controller:
         loss = self.state.loss_sum / self.state.loss_count if self.state.loss_count else None
         here = self._observe(lr, loss, seconds)
         state, noise = here.state, here._estimate()
-        known = pace(self.config, state, noise)
-        change = propose(self.config, state, noise, known)
+        costs = state.timing.costs if state.timing else None
+        change = propose(self.config, state, noise, costs)
         decided = here._follow(change, noise)
         applied = self.config.mode == "auto"
         steps = decided.state.accumulation_steps
@@ -231,7 +230,7 @@ class Controller:
             ranks=max(state.num_ranks, 1),
             windows=windows,
             seconds=seconds,
-            pace=known,
+            costs=costs,
         )
 
     def _with(self, **changes: Any) -> "Controller":

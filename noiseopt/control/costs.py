@@ -7,6 +7,7 @@ the median over pairs, which an evaluation or a stall between two decisions does
 
 import math
 import statistics
+import sys
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 from itertools import accumulate, combinations
@@ -43,11 +44,56 @@ class Costs:
         """
         return self.per_update + self.per_micro_batch * steps
 
-    def speed_up(self, steps: int, to: int) -> float:
-        """Micro-batches a second in windows of another length, over those now; a cautious bound."""
+    def price(self, steps: float) -> tuple[float, float]:
+        """What an update costs, in micro-batches: at least, and at most.
+
+        The time of windows of so many is taken as known: what a micro-batch does not take of it, by
+        the bounds of its time, is the update's.
+
+        Example:
+            >>> Costs(4.0, 1.0, 0.5, 2.0).price(2)
+            (1.0, 10.0)
+        """
         now = self.seconds(steps)
-        slope = min(self.high if to > steps else self.low, now / steps)  # an update costs something
-        return to / steps * now / (now + slope * (to - steps))
+        least, most = (
+            max(now / max(slope, sys.float_info.epsilon * now) - steps, 0.0)
+            for slope in (self.high, self.low)
+        )
+        return least, most
+
+
+def speed_up(price: float, steps: int, to: int) -> float:
+    """Micro-batches a second in windows of another length, over those in windows of `steps`.
+
+    Args:
+        price: of an update, in micro-batches.
+        steps: the length now.
+        to: the other length.
+
+    Example:
+        >>> speed_up(4.0, steps=2, to=4)
+        1.5
+    """
+    return (1 + price / steps) / (1 + price / to)
+
+
+def timed_steps(low: int, steps: int, high: int) -> int | None:
+    """Another length that tells an update's time from a micro-batch's; None if none is allowed.
+
+    Args:
+        low: the shortest window that is allowed.
+        steps: the length now.
+        high: the longest window that is allowed.
+
+    Example:
+        >>> timed_steps(1, 4, 6), timed_steps(1, 1, 32)
+        (6, 2)
+    """
+    larger = min(2 * steps, high)
+    if larger >= APART * steps:
+        return larger
+    smaller = max(steps // 2, low)
+    return smaller if steps >= APART * smaller else None
 
 
 @dataclass(frozen=True, slots=True)

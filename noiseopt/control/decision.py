@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from noiseopt.control.goodput import Pace
+from noiseopt.control.costs import Costs
 from noiseopt.control.rates import Rates
 from noiseopt.control.verification import Judgement
 from noiseopt.estimate import NoiseEstimate, WindowNorms
@@ -70,7 +70,7 @@ class Decision:
         windows: what was measured since the last decision, for replay.
         seconds: the time between the two decisions before, mean over the ranks; None if it was not
             measured, as where the objective is not time.
-        pace: the costs in time and what a better window would gain; None while they are not known.
+        costs: of an update and a micro-batch in time; None while they are not known.
     """
 
     num_windows: int
@@ -99,4 +99,4 @@ class Decision:
     ranks: int = 1
     windows: tuple[Window, ...] = ()
     seconds: float | None = None
-    pace: Pace | None = None
+    costs: Costs | None = None

@@ -40,11 +40,10 @@ def metrics(decision: Decision, groups: Sequence[str] = ()) -> dict[str, float]:
         "clip/total_clipped": decision.total_clipped,
         "clip/total_skipped": decision.total_skipped,
     }
-    if decision.pace is not None:
+    if decision.costs is not None:
         values |= {
-            "decide/seconds_per_update": decision.pace.per_update,
-            "decide/seconds_per_micro_batch": decision.pace.per_micro_batch,
-            "decide/goodput_gain": decision.pace.gain,
+            "decide/seconds_per_update": decision.costs.per_update,
+            "decide/seconds_per_micro_batch": decision.costs.per_micro_batch,
         }
     if decision.noise is not None:
         values |= _noise(decision.noise)

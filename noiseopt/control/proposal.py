@@ -9,22 +9,23 @@ schedule has lowered the rate by more than that, let the window follow it as lon
 gradient is noise: with the square-root rule this trades a decay by a for one by sqrt(a) at a times
 the batch (Seesaw, Meterez et al. 2026), which is equivalent where tr(Sigma)/B >> |G|^2.
 
-Where the objective is time, one rule takes the place of shrinking and of both ways to grow: go to
-the neighbour of clearly greater goodput (see `goodput`). It holds in decay too, without Seesaw's
-growth beyond it: past the optimum a longer window costs more samples than the time that it saves,
-and where an update is dear, goodput outgrows the decay by itself.
+Where the objective is time, the price of an update is measured. The batch that pays then makes the
+most progress in a second: it is where the product of samples a second and statistical efficiency,
+1 / (1 + B / B_noise), is greatest (goodput; Pollux, Qiao et al., OSDI 2021). So a window shrinks to
+it, though the noise scale be larger, except what the decay let it grow; and it follows the decay as
+far as that makes a sample clearly quicker.
 """
 
 import math
 from dataclasses import dataclass, replace
 
 from noiseopt.control.config import NoiseConfig
-from noiseopt.control.goodput import Pace, timed_steps
+from noiseopt.control.costs import Costs, speed_up, timed_steps
 from noiseopt.control.state import ControllerState
 from noiseopt.estimate import NoiseEstimate, noise_fraction
 
 SHRINK_BELOW = 2 * math.sqrt(2)
-LEAST_GAIN = 1.05  # of goodput, for which a window is changed
+LEAST_SPEED_UP = 1.05  # for which a window follows the decay, where the objective is time
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ def propose(
     config: NoiseConfig,
     state: ControllerState,
     noise: NoiseEstimate | None,
-    pace: Pace | None = None,
+    costs: Costs | None = None,
 ) -> Change:
     """Propose the next window.
 
@@ -54,7 +55,7 @@ def propose(
         config: the settings.
         state: the controller's state.
         noise: the estimate; None while it is unknown.
-        pace: what is known of time; None while the costs are not, or are not asked for.
+        costs: of time; None while they are unknown, or not asked for.
     """
     steps = state.accumulation_steps
     verdict = state.verdict(config.loss_tolerance) if config.verify else "fine"
@@ -66,17 +67,12 @@ def propose(
     if waiting:
         return Change("hold", steps, waiting)
     if config.objective == "time":
-        return _by_goodput(config, state, pace)
-    shrunk = _shrink(config, state, noise)
-    if shrunk:
-        return shrunk
-    by_noise = _grow_by_noise(config, state, noise)
-    if state.phase != "decay":
-        return by_noise
-    by_decay = _grow_by_decay(config, state, noise)
-    if "grow" in (by_decay.action, by_noise.action):
-        return max(by_decay, by_noise, key=lambda change: change.steps)
-    return replace(by_decay, reason=f"{by_decay.reason}; {by_noise.reason}")
+        if costs is None:
+            return Change("hold", steps, _costs_unknown(config, steps))
+        least, most = costs.price(steps)
+    else:
+        least = most = config.update_price * state.reference_steps
+    return _shrink(config, state, noise, most) or _grow(config, state, noise, least)
 
 
 def unknown(config: NoiseConfig, state: ControllerState) -> str:
@@ -122,28 +118,11 @@ def _revert(state: ControllerState) -> Change:
     )
 
 
-def _by_goodput(config: NoiseConfig, state: ControllerState, pace: Pace | None) -> Change:
-    steps = state.accumulation_steps
-    if pace is None or pace.gain is None:
-        return Change("hold", steps, _costs_unknown(config, steps))
-    costs = (
-        f"an update costs {pace.per_update:.3g} s and a micro-batch {pace.per_micro_batch:.3g} s"
-    )
-    if pace.steps == steps:
-        return Change("hold", steps, f"{costs}; no other window is allowed")
-    compared = f"{costs}: windows of {pace.steps} have {pace.gain:.3f} times the goodput, at least"
-    if pace.gain < LEAST_GAIN:
-        return Change("hold", steps, f"{compared}, and a change takes {LEAST_GAIN:g}")
-    if not state.settled(config):
-        return Change("hold", steps, f"{compared}, but it is too soon after the last change")
-    return Change("grow" if pace.steps > steps else "shrink", pace.steps, compared)
-
-
 def _costs_unknown(config: NoiseConfig, steps: int) -> str:
     one = "costs unknown: windows of one length do not tell an update's time from a micro-batch's"
     if config.mode != "auto":
         return f"{one}, and no others are made"
-    if timed_steps(config, steps) is None:
+    if timed_steps(config.min_accumulation_steps, steps, config.max_accumulation_steps) is None:
         return (
             f"{one}, and no other that is allowed is far enough from {steps}: set "
             f"max_accumulation_steps >= {2 * steps}"
@@ -151,18 +130,23 @@ def _costs_unknown(config: NoiseConfig, steps: int) -> str:
     return f"{one}; some decisions' windows are of another, to be timed"
 
 
-def _shrink(config: NoiseConfig, state: ControllerState, noise: NoiseEstimate) -> Change | None:
-    steps, least = state.accumulation_steps, config.min_accumulation_steps
-    if not config.shrink or steps <= least or not state.settled(config):
+def _shrink(
+    config: NoiseConfig, state: ControllerState, noise: NoiseEstimate, price: float
+) -> Change | None:
+    steps, shortest = state.accumulation_steps, config.min_accumulation_steps
+    if not config.shrink or steps <= shortest or not state.settled(config):
         return None
     upper = state.caution * noise.scale_upper
-    if max(upper, _paying(config, state, noise.batch, upper)) > noise.batch / SHRINK_BELOW:
+    enough = _paying(state, noise, price, upper)
+    followed = state.phase == "decay" and steps <= _by_decay_at_most(config, state)
+    if config.objective == "updates" or (followed and steps > state.reference_steps):
+        enough = max(enough, upper)
+    if enough > noise.batch / SHRINK_BELOW:
         return None
     return Change(
         "shrink",
-        max(steps // 2, least),
-        f"the noise scale is at most {noise.scale_upper:.4g}, far below the batch of "
-        f"{noise.batch:.4g}",
+        max(steps // 2, shortest),
+        f"no batch beyond {enough:.4g} pays at this noise: {noise.batch:.4g} is far above it",
     )
 
 
@@ -176,42 +160,68 @@ def paying_batch(price: float, scale: float) -> float:
         >>> paying_batch(price=32.0, scale=8.0)
         16.0
     """
-    return math.sqrt(price * scale)
+    return math.sqrt(price * scale) if price > 0 else 0.0
 
 
-def _paying(config: NoiseConfig, state: ControllerState, batch: float, scale: float) -> float:
-    """The batch that pays at this noise scale, where the present window holds `batch` samples."""
-    reference = batch * state.reference_steps / state.accumulation_steps
-    return paying_batch(config.update_price * reference, scale)
+def _paying(state: ControllerState, noise: NoiseEstimate, price: float, scale: float) -> float:
+    """The batch that pays at this noise scale, where an update costs `price` micro-batches."""
+    return paying_batch(price * noise.batch / state.accumulation_steps, scale)
 
 
-def _grow_by_noise(config: NoiseConfig, state: ControllerState, noise: NoiseEstimate) -> Change:
+def _grow(
+    config: NoiseConfig, state: ControllerState, noise: NoiseEstimate, price: float
+) -> Change:
+    by_noise = _grow_by_noise(config, state, noise, price)
+    if state.phase != "decay":
+        return by_noise
+    by_decay = _grow_by_decay(config, state, noise, price)
+    if "grow" in (by_decay.action, by_noise.action):
+        return max(by_decay, by_noise, key=lambda change: change.steps)
+    return replace(by_decay, reason=f"{by_decay.reason}; {by_noise.reason}")
+
+
+def _grow_by_noise(
+    config: NoiseConfig, state: ControllerState, noise: NoiseEstimate, price: float
+) -> Change:
     steps = state.accumulation_steps
     larger = min(2 * steps, config.max_accumulation_steps)
     batch = noise.batch * larger / steps
-    room = _paying(config, state, noise.batch, state.caution * noise.scale_lower)
+    room = _paying(state, noise, price, state.caution * noise.scale_lower)
     if not config.grow_by_noise:
         return Change("hold", steps, "growth by the noise scale is off")
     if larger == steps:
         return Change("hold", steps, f"the window is at its limit of {steps}")
+    pays = f"{room:.4g} that pays at this noise"
+    if config.objective == "time":
+        pays += f", where an update costs at least {price:.3g} micro-batches"
     if batch > room:
-        reason = f"a batch of {batch:.4g} exceeds the {room:.4g} that the noise makes pay"
-        return Change("hold", steps, reason)
+        return Change("hold", steps, f"a batch of {batch:.4g} exceeds the {pays}")
     if not state.settled(config):
         return Change("hold", steps, "too soon after the last change")
-    reason = f"the noise makes a batch of {room:.4g} pay: {batch:.4g} is below it"
-    return Change("grow", larger, reason)
+    return Change("grow", larger, f"a batch of {batch:.4g} is below the {pays}")
 
 
-def _grow_by_decay(config: NoiseConfig, state: ControllerState, noise: NoiseEstimate) -> Change:
+def _by_decay_at_most(config: NoiseConfig, state: ControllerState) -> int:
+    """The longest window that the decay lets grow."""
+    most = state.reference_steps * state.decay + 1e-9
+    return math.floor(min(most, config.max_accumulation_steps))
+
+
+def _grow_by_decay(
+    config: NoiseConfig, state: ControllerState, noise: NoiseEstimate, price: float
+) -> Change:
     steps, decay = state.accumulation_steps, state.decay
     if not config.grow_in_decay or state.lr <= 0:
         return Change("hold", steps, "growth in decay is off, or the learning rate is 0")
-    allowed = math.floor(min(state.reference_steps * decay + 1e-9, config.max_accumulation_steps))
+    allowed = _by_decay_at_most(config, state)
     larger = min(allowed, 2 * steps)
     fell = f"the learning rate fell to 1/{decay:.2f} of its peak"
     if larger <= steps:
         return Change("hold", steps, f"{fell}: by that, a window of {allowed} at most")
+    quicker = speed_up(price, steps, larger)
+    if config.objective == "time" and quicker < LEAST_SPEED_UP:
+        gained = f"windows of {larger} make a sample {quicker:.3f} times as quick"
+        return Change("hold", steps, f"{fell}, but {gained}: growth takes {LEAST_SPEED_UP:g}")
     fraction = noise_fraction(state.caution * noise.scale_lower, noise.batch)
     share = f"noise is at least {fraction:.3f} of the gradient"
     if fraction < config.decay_noise_fraction:

@@ -17,7 +17,7 @@ A start has `version` (of noiseopt) and the fields of `noiseopt.control.Start`, 
 fields of `noiseopt.control.Window` in their order. The lines are strict JSON: floats that are not
 finite are the strings "inf", "-inf" and "nan". Fields that came later are left out where they say
 nothing (`noiseopt.record.lines.LATER`): of the settings `objective`, if it is "updates", and
-`measure_interval`, if it is 1; of a decision `seconds` and `pace`, if they are None; of the state
+`measure_interval`, if it is 1; of a decision `seconds` and `costs`, if they are None; of the state
 `timing`, unless the objective is "time".
 
 Files are bounded: a full `decisions.jsonl` becomes `decisions.part1.jsonl`, that becomes

@@ -35,7 +35,7 @@ LATER: dict[type, dict[str, Any]] = {
         "update_price": 1.0,
     },
     Rates: {"beta1": 1.0},
-    Decision: {"seconds": None, "pace": None},
+    Decision: {"seconds": None, "costs": None},
 }
 RENAMED = {"grow_when_stable": "grow_by_noise"}  # settings, since those records
 IN_ORDER = (Window, WindowNorms)  # written as lists, without names: they are most of a record

@@ -49,5 +49,5 @@ def test_both_ranks_decide_by_the_mean_of_their_times(ranks, case):
     first, second = result(ranks, case)
     assert first == second
     assert "grow" in {decision.action for decision in first}
-    assert first[-1].pace.per_update == pytest.approx(6.0)
-    assert first[-1].pace.per_micro_batch == pytest.approx(1.5)
+    assert first[-1].costs.per_update == pytest.approx(6.0)
+    assert first[-1].costs.per_micro_batch == pytest.approx(1.5)

@@ -63,8 +63,8 @@ def advancing(clock, per_update=4.0, per_micro_batch=1.0):
 def test_the_costs_are_those_of_the_loop(clock):
     optimizer = run(TIMED, 1500, advancing(clock))
     last = optimizer.decision
-    assert last.pace.per_update == pytest.approx(4.0)
-    assert last.pace.per_micro_batch == pytest.approx(1.0)
+    assert last.costs.per_update == pytest.approx(4.0)
+    assert last.costs.per_micro_batch == pytest.approx(1.0)
     assert optimizer.metrics()["decide/seconds_per_update"] == pytest.approx(4.0)
     assert {d.action for d in optimizer.decisions} == {"hold", "grow"}
     assert optimizer.accumulation_steps > 1
@@ -91,8 +91,8 @@ def test_real_sleeps_are_told_apart():
         time.sleep(0.002 + 0.012 * applied)
 
     last = run(replace(TIMED, decision_interval=2), 120, sleeps).decision
-    assert last.pace is not None, last.reason
-    assert last.pace.per_update > 2 * last.pace.per_micro_batch > 0.002
+    assert last.costs is not None, last.reason
+    assert last.costs.per_update > 2 * last.costs.per_micro_batch > 0.002
 
 
 def test_a_recorded_run_decides_alike_again(clock, tmp_path):

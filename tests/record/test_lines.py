@@ -50,7 +50,7 @@ def test_a_line_says_no_more_than_before_there_was_time():
     start, decision = (json.loads(to_line(item)) for item in (START, FIRST))
     assert "objective" not in start["config"]
     assert not any(name.startswith("timing") for name in start["state"])
-    assert not {"seconds", "pace"} & decision.keys()
+    assert not {"seconds", "costs"} & decision.keys()
 
 
 @pytest.mark.parametrize("index", [0, 1, -1])
@@ -58,7 +58,7 @@ def test_times_are_kept(index):
     simulated = Simulated(replace(CONFIG, objective="time"))
     decision = simulated.run(300)[index]
     assert (decision.seconds is None) == (index == 0)
-    assert (decision.pace is None) == (index != -1)
+    assert (decision.costs is None) == (index != -1)
     assert from_line(to_line(decision))[0] == decision
     assert from_line(to_line(simulated.now()))[0] == simulated.now()
 

@@ -132,16 +132,16 @@ def test_a_stretch_keeps_to_its_own_bounds(path):
 
 def test_times_are_recorded_and_decided_by_again(path):
     record = recorded(path, TIMED)
-    assert any("goodput" in d.reason for d in record.decisions if d.action == "grow")
+    assert any("update costs" in d.reason for d in record.decisions if d.action == "grow")
     again = list(replay(record, {"max_accumulation_steps": 2}))
     assert max(replayed.again.accumulation_steps for replayed in again) == 2
-    assert again[-1].again.pace is not None
+    assert again[-1].again.costs is not None
 
 
 def test_another_objective_decides_otherwise_as_far_as_times_are_known(path):
     timed = list(replay(recorded(path, TIMED), {"objective": "updates"}))
     assert not all(replayed.same_deed for replayed in timed)
-    assert timed[-1].again.pace is None
+    assert timed[-1].again.costs is None
     untimed = list(replay(recorded(path.with_name("u.jsonl")), {"objective": "time"}))
     assert {replayed.again.action for replayed in untimed} == {"hold"}
     assert "costs unknown" in untimed[-1].again.reason

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from noiseopt.control.costs import ENOUGH, POINTS, Costs, Timing
+from noiseopt.control.costs import ENOUGH, POINTS, Costs, Timing, speed_up
 
 
 def timed(lengths, seconds, updates=10):
@@ -84,15 +84,25 @@ def test_what_lies_between_two_lengths_is_no_probe():
 
 
 @pytest.mark.parametrize(
-    ("costs", "to", "expected"),
+    ("costs", "expected"),
     [
-        (Costs(4.0, 1.0, 1.0, 1.0), 4, 2 * 6 / 8),
-        (Costs(4.0, 1.0, 0.5, 2.0), 4, 2 * 6 / 10),
-        (Costs(4.0, 1.0, 0.5, 2.0), 1, 6 / 5.5 / 2),
-        (Costs(4.0, 1.0, 0.0, 9.0), 4, 1.0),
-        (Costs(0.0, 1.0, 1.0, 1.0), 1, 1.0),
+        (Costs(4.0, 1.0, 1.0, 1.0), (4.0, 4.0)),
+        (Costs(4.0, 1.0, 0.5, 2.0), (1.0, 10.0)),
+        (Costs(4.0, 1.0, 0.5, 9.0), (0.0, 10.0)),
+        (Costs(0.0, 1.0, 1.0, 1.0), (0.0, 0.0)),
     ],
-    ids=["exact", "longer-by-the-upper", "shorter-by-the-lower", "never-slower", "free-updates"],
+    ids=["exact", "bounds", "never-negative", "free-updates"],
 )
-def test_the_speed_up_is_a_cautious_one(costs, to, expected):
-    assert costs.speed_up(2, to) == pytest.approx(expected)
+def test_the_price_of_an_update_lies_between_its_bounds(costs, expected):
+    assert costs.price(2) == pytest.approx(expected)
+
+
+def test_micro_batches_that_cost_nothing_make_updates_dear_and_no_error():
+    least, most = Costs(3.0, 0.0, 0.0, 0.0).price(2)
+    assert 1e12 < least <= most < np.inf
+
+
+def test_the_speed_up_is_the_ratio_of_times_for_a_sample():
+    costs = Costs(3.0, 2.0, 2.0, 2.0)
+    expected = (costs.seconds(2) / 2) / (costs.seconds(8) / 8)
+    assert speed_up(1.5, 2, 8) == pytest.approx(expected)
