@@ -62,7 +62,8 @@ class NoiseConfig:
             the norm in which Adam steps, noise is a larger part than of the plain one.
         shrink: halve the window when the noise scale's upper bound lies far below the batch.
         dwell_fraction: the least distance between two changes, as a share of the samples seen.
-        dwell_updates: the same in updates; the longer of the two holds.
+        dwell_updates: the same in updates, and before the first change too; the longer of the two
+            holds. Short runs lost by growing earlier (`benchmarks/convergence`).
         adapt_lr: couple the learning rate to the batch by the optimizer's own rule.
         max_lr_factor: the largest factor on the user's learning rate; its inverse is the smallest.
             If not given, what the optimizer's rule makes of four times the batch, 2 for Adam and 4
@@ -112,7 +113,7 @@ class NoiseConfig:
     decay_noise_fraction: float = 1 / 3
     shrink: bool = True
     dwell_fraction: float = 0.05
-    dwell_updates: int = 50
+    dwell_updates: int = 400
     adapt_lr: bool = True
     max_lr_factor: float | None = None
     adapt_beta1: bool = True
