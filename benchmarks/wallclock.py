@@ -1,12 +1,12 @@
 """Wall-clock to a target loss on two ranks where an update costs as much as four micro-batches.
 
-    python benchmarks/wallclock.py            # all of it; writes results/wallclock.json, .md
-    python benchmarks/wallclock.py --quick    # a smoke test; writes only to --output
+    python benchmarks/wallclock.py --workload gpt   # writes results/wallclock-gpt.json, .md
+    python benchmarks/wallclock.py --quick          # a smoke test; writes only to --output
 
-Two processes of one thread each over gloo train the autoencoder of `benchmarks/convergence`, each
-rank on half of every micro-batch: so a window of K on both has the batch of a window of K there,
-and the constants' rates are those that were tuned there for it, on other data and for twice the
-samples: runs are half as long here, under the same schedule. The link is slow:
+Two processes of one thread each over gloo train a model of `benchmarks/convergence`, each rank on
+half of every micro-batch: so a window of K on both has the batch of a window of K there, and the
+constants' rates are those that were tuned there for it, on other data. A run has 2048 micro-batches
+under the schedule that was tuned (twice as many were, of the autoencoder). The link is slow:
 whoever sums gradients over the ranks, once for each window, sleeps as long as four micro-batches
 take (forward and backward, as measured first), besides what gloo takes. Each micro-batch sleeps a
 millisecond too, as a stand-in for an accelerator that computes: so other work on the machine
@@ -49,7 +49,7 @@ from benchmarks.convergence.arms import MAX_NORM
 from benchmarks.convergence.plan import TUNING_SEEDS
 from benchmarks.convergence.table import by_arm, mean_loss
 from benchmarks.convergence.train import validate
-from benchmarks.convergence.workloads import BETA1, WORKLOADS, Batch, Workload
+from benchmarks.convergence.workloads import BETA1, MAIN, WORKLOADS, Batch, Workload
 from benchmarks.ranks import on_ranks
 from noiseopt import NoiseAwareAdamW, NoiseConfig
 from noiseopt.control import Decision
@@ -79,14 +79,14 @@ class Plan:
 
     Attributes:
         workload: of `benchmarks/convergence`.
-        arms: those that run, by name.
         seeds: those that are reported.
+        arms: those that run, by name.
         micro_batches: of each run.
     """
 
     workload: str = "autoencoder"
-    arms: tuple[str, ...] = (*CONSTANTS, *OURS)
     seeds: tuple[int, ...] = SEEDS
+    arms: tuple[str, ...] = (*CONSTANTS, *OURS)
     micro_batches: int = 2048
 
 
@@ -510,11 +510,15 @@ def rounds(plan: Plan) -> Iterator[list[Run]]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run it, print the table and keep the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--workload", choices=MAIN, default=Plan.workload)
+    parser.add_argument("--seed", type=int, nargs="+", default=SEEDS, help="those to report")
     parser.add_argument("--quick", action="store_true", help="a smoke test")
     parser.add_argument("--output", type=Path, help="the file for results; the page goes beside it")
     arguments = parser.parse_args(argv)
-    plan = QUICK if arguments.quick else Plan()
-    output = arguments.output or (None if arguments.quick else RESULTS / "wallclock.json")
+    plan = QUICK if arguments.quick else Plan(arguments.workload, tuple(arguments.seed))
+    output = arguments.output
+    if not output and not arguments.quick:
+        output = RESULTS / f"wallclock-{plan.workload}.json"
     given = sys.argv[1:] if argv is None else argv
     origin = recording.origin_of("wallclock.py", given, ("noiseopt", "benchmarks/convergence"))
     runs: list[Run] = []
