@@ -207,6 +207,7 @@ class Adaptation:
             device: where numbers are summed over ranks.
             own: whether the gradient is this rank's own.
         """
+        self._losses.keep()
         samples, weight, told = self._samples.take()
         averaged = self.ranks.all > 1 and not own and self.config.loss_reduction == "mean"
         if told and averaged and self.steps > 1:

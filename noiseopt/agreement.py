@@ -230,7 +230,9 @@ def starting_facts(groups: Sequence[Sequence[Tensor]], ranks: Ranks) -> dict[str
     """What every rank's parameters must have in common at the start, by name."""
     shapes = [[(tuple(p.shape), p.dtype) for p in params] for params in groups]
     facts: dict[str, object] = {
-        "number of parameters": [len(params) for params in groups],
+        "number of parameters, of which every rank must hold all, or FSDP2's shards": [
+            len(params) for params in groups
+        ],
         "digest of the parameters' shapes and types": digest(shapes),
     }
     if ranks.all > 1 and not ranks.sharded:

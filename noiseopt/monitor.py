@@ -18,6 +18,7 @@ from noiseopt.adaptation import Adaptation, Number
 from noiseopt.capture import BackwardCapture, big_columns, end_row
 from noiseopt.control import RATE_RULES, NoiseConfig, Rates, group_names
 from noiseopt.distributed import Ranks
+from noiseopt.loop_checks import LoopChecks
 from noiseopt.optim import NoiseAware
 from noiseopt.readings import NoiseReadings
 
@@ -84,12 +85,14 @@ class NoiseMonitor(NoiseReadings):
             ranks.share if ranks.sharded else None,
             lambda: self._adaptation.measures,
         )
+        self._checks = LoopChecks(ranks)
         self._micro_batches = 0
+        self._closing: int | None = None  # the window's micro-batches, while the optimizer steps
         # The rates are read before the step, where no scheduler has scaled them; the window is
         # closed after it, so that a decision rules the next window and not this one.
         self._user_lrs: list[float | Tensor] = []
         self._handles = [
-            optimizer.register_step_pre_hook(self._read_lr),
+            optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._close_window),
         ]
 
@@ -100,13 +103,16 @@ class NoiseMonitor(NoiseReadings):
 
     @property
     def micro_batches(self) -> int:
-        """Backward passes in all closed windows, on this rank."""
+        """Micro-batches in all closed windows, on this rank."""
         return self._micro_batches
 
     @property
     def rates(self) -> Rates:
-        """The factors on the user's hyper-parameters for the open window."""
-        return self._adaptation.rates(self.accumulation_steps)
+        """The factors on the user's hyper-parameters for the open window.
+
+        While the optimizer steps they are for the micro-batches that it had.
+        """
+        return self._adaptation.rates(self._closing or self.accumulation_steps)
 
     @property
     def max_norm(self) -> float:
@@ -129,7 +135,7 @@ class NoiseMonitor(NoiseReadings):
 
     def state_dict(self) -> dict[str, Number]:
         """The state as plain numbers. An open window is left behind, and counted."""
-        numbers = self._adaptation.to_numbers(dropped=self._num_passes)
+        numbers = self._adaptation.to_numbers(dropped=self._num_taken)
         return numbers | {"monitor.micro_batches": self._micro_batches}
 
     def load_state_dict(self, state_dict: dict[str, Number]) -> None:
@@ -149,27 +155,42 @@ class NoiseMonitor(NoiseReadings):
         self._started = False  # ranks compare what they go on from, as at the start
 
     @property
-    def _num_passes(self) -> int:
+    def _num_taken(self) -> int:
         return self._capture.num_skipped + len(self._capture)
 
-    def _read_lr(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._user_lrs = [group["lr"] for group in optimizer.param_groups]
+        self._settle()
+        self._closing = len(self._capture) or None
+
+    def _settle(self) -> None:
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        new = groups[self._adaptation.num_groups :]
+        for group in new:
+            self._capture.add_group(group)
+        if new:
+            self._adaptation.set_groups(group_names(self.optimizer.param_groups))
+        passes = self._capture.settle(groups)
+        if passes == 0:
+            return
+        self._checks.see_window(passes, len(self._capture), self.accumulation_steps)
+        if self._checks.compares_scales and self._grad_scaler is None:
+            self._checks.see_scale(self._capture.shrunk(groups))
 
     @torch.no_grad()
     def _close_window(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._closing is None:  # the backward passes were the closure's
+            self._settle()
+        self._closing = None
         if len(self._capture) == 0:
             return  # as when checkpointing steps once to build the state: no window has ended
         adaptation = self._adaptation
         groups = [group["params"] for group in optimizer.param_groups]
-        new = groups[adaptation.num_groups :]
-        for group in new:
-            self._capture.add_group(group)
-        if new:
-            adaptation.set_groups(group_names(optimizer.param_groups))
         if not self._started:
             self._started = True
             adaptation.start(groups, self._process_group)
-        samples = adaptation.window_samples(self._num_passes)
+        samples = adaptation.window_samples(self._num_taken)
         row = adaptation.agree(self._capture.close(groups, samples, self._loss_scale()))
         self._micro_batches += len(samples)
         end_row(row, True, big_columns(row).sum().sqrt() > adaptation.max_norm)

@@ -68,7 +68,8 @@ class NoiseReadings:
     def report_loss(self, loss: float | Tensor) -> None:
         """Give the mean loss of the micro-batch, so that changes can be verified against it.
 
-        A tensor stays where it is until the next decision; nothing waits for it.
+        Call it once for each micro-batch, before `step()`. A tensor stays where it is until the
+        next decision; nothing waits for it.
 
         Raises:
             ValueError: the loss is not a single number.

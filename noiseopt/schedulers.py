@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from noiseopt.monitor import NoiseMonitor
 from noiseopt.optim.hyper import (
@@ -51,11 +51,17 @@ class NoiseAwareLR(LRScheduler):
 
     Raises:
         ValueError: the schedule belongs to another optimizer.
+        TypeError: its `step()` takes a metric.
     """
 
     def __init__(self, monitor: NoiseMonitor, scheduler: LRScheduler | None = None) -> None:
         if scheduler is not None and scheduler.optimizer is not monitor.optimizer:
             raise ValueError("the scheduler's optimizer is not the one that the monitor watches")
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise TypeError(
+                "ReduceLROnPlateau takes a metric in its step(): call that yourself, and give "
+                "NoiseAwareLR the monitor alone"
+            )
         self.optimizer = monitor.optimizer
         self.monitor = monitor
         self.scheduler = scheduler

@@ -93,6 +93,7 @@ class Losses:
 
     def __init__(self) -> None:
         self._told: list[Tensor] = []
+        self._kept: list[Tensor] = []
 
     def tell(self, loss: float | Tensor) -> None:
         """Take the loss of a micro-batch. Nothing waits for it.
@@ -107,7 +108,13 @@ class Losses:
         else:
             raise ValueError(f"the loss has shape {tuple(loss.shape)}: report one number")
 
+    def keep(self) -> None:
+        """Keep the latest, of the micro-batch that is taken now: others were thrown away."""
+        self._kept += self._told[-1:]
+        self._told = []
+
     def take(self) -> list[Tensor]:
-        """All that were told, each 0-d; the next window begins with none."""
-        told, self._told = self._told, []
-        return told
+        """All of the window, each 0-d; the next one begins with none."""
+        losses = self._kept + self._told
+        self._kept, self._told = [], []
+        return losses

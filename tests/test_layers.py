@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"estimate"},
     {"control"},
-    {"capture", "distributed"},
+    {"capture", "distributed", "loop_checks"},
     {"adaptation", "agreement", "clock", "observers", "readings", "told", "words"},
     {"optim", "schedulers", "monitor"},
     {"", "__main__", "cli", "demo", "integrations", "plan", "record", "report", "watch"},

@@ -42,6 +42,7 @@ class BackwardCapture:
         self._device = device_of(groups)
         self._groups = [list(params) for params in groups]
         self._means: list[Tensor] = []  # |p.grad|^2 after each pass that a window may end with
+        self._unread = False  # whether the open window's passes do not tell its micro-batches
         self.passes = BackwardPasses(groups, self._read_mean, reads, self._have_skipped)
 
     def __len__(self) -> int:
@@ -74,6 +75,50 @@ class BackwardCapture:
         means, self._means = self._means, []
         return not all(bool(mean.isfinite().all()) for mean in means)
 
+    def settle(self, groups: Sequence[Sequence[Tensor]]) -> int:
+        """Make out, before the optimizer steps, which passes are the window's micro-batches.
+
+        Where there are more than were announced, those before may be of steps that a GradScaler has
+        skipped, as what they had accumulated shows. If not, some micro-batch had several: then
+        there are as many as announced, and their norms are unknown. So they are, this once, where
+        a parameter has a gradient that was not watched, as one that was frozen; it is from now on.
+
+        Args:
+            groups: the optimizer's parameters.
+
+        Returns:
+            How many passes its micro-batches had.
+        """
+        steps = self._window_steps()
+        if self._watches_more(groups):
+            self._unread, self._means = True, []
+            if len(self) == 0:
+                self.passes.join(steps)
+        passes = len(self)
+        if passes <= steps:
+            return passes
+        last = self._means[-1:]
+        if self._have_skipped():
+            self.passes.skip(passes - steps)
+            passes = steps
+        else:
+            self.passes.join(steps)
+            self._unread = True
+        self._means = last
+        return passes
+
+    def shrunk(self, groups: Sequence[Sequence[Tensor]]) -> float:
+        """The norm of `p.grad` now over that after the window's last backward; nan if unknown.
+
+        This waits for the device.
+        """
+        if not self._means:
+            return math.nan
+        grads = [grad for p in (p for g in groups for p in g) if (grad := p.grad) is not None]
+        now = squared_norms([grads], self._device, self._share).sum().item()
+        before = self._means[-1].sum().item()
+        return math.sqrt(now / before) if before > 0 else math.nan
+
     def close(
         self,
         groups: Sequence[Sequence[Tensor]],
@@ -88,27 +133,30 @@ class BackwardCapture:
 
         Args:
             groups: the optimizer's parameters.
-            samples: n_i of each backward, skipped ones first; the weights are proportional to them.
+            samples: n_i of each micro-batch, skipped ones first; the weights are in proportion.
             loss_scale: the factor on every loss.
 
         Raises:
-            ValueError: the number of sample counts is not that of backward passes.
-            RuntimeError: the optimizer has parameters with a gradient that are not watched, or no
-                backward was seen.
+            ValueError: the number of sample counts is not that of micro-batches.
+            RuntimeError: no backward was seen.
         """
-        self._check(groups)
+        if len(self) == 0:
+            raise RuntimeError(
+                "no backward pass was seen since the last step(): call loss.backward() on a loss "
+                "of the watched parameters first"
+            )
         mean = self._means[-1] if self._means else None
-        extra = len(self) - self._window_steps()
-        if extra > 0 and self._have_skipped():
-            self.passes.skip(extra)
         num_passes = self.num_skipped + len(self)
         if len(samples) != num_passes:
             raise ValueError(
-                f"set_samples() was called {len(samples)} times for {num_passes} backward passes: "
+                f"set_samples() was called {len(samples)} times for {num_passes} micro-batches: "
                 "call it once for each, or never"
             )
         samples = samples[self.num_skipped :]
         parts = torch.stack(self.passes.norms)
+        finite = self._finite(parts, mean)
+        if self._unread:
+            parts = torch.full_like(parts, math.nan)
         self.clear()
         counts = torch.stack([parts.new_full((), value) for value in samples])
         weights = counts / counts.sum()
@@ -116,38 +164,30 @@ class BackwardCapture:
         small = parts / weights.square()[:, None] / scale_sq
         # A shorter window's sum the loop may have clipped or unscaled: not to be learned from.
         big = parts.new_full((len(groups),), math.nan) if mean is None else mean
-        used = weights * self._finite(small, mean)
+        used = weights * finite
         return Measured(small, big / scale_sq, counts, used, None)
 
-    def _finite(self, small: Tensor, mean: Tensor | None) -> Tensor | bool:
+    def _finite(self, parts: Tensor, mean: Tensor | None) -> Tensor | bool:
         """Which micro-batches were finite, as far as it is known."""
-        if self._reads():
-            return small.sum(1).isfinite()
+        if self._reads() and not self._unread:
+            return parts.sum(1).isfinite()
         return True if mean is None else mean.sum().isfinite()
 
-    def _check(self, groups: Sequence[Sequence[Tensor]]) -> None:
-        missing = [
-            param
-            for params in groups
-            for param in params
-            if param.grad is not None and param not in self.passes.watched
-        ]
-        if missing:
-            raise RuntimeError(
-                f"{len(missing)} of the optimizer's parameters have a gradient but are not "
-                "watched: the model or the optimizer was changed after measuring began; attach "
-                "the monitor, or build the optimizer, after the change"
-            )
-        if len(self) == 0:
-            raise RuntimeError(
-                "no backward pass was seen since the last step(): call loss.backward() on a loss "
-                "of the watched parameters first"
-            )
+    def _watches_more(self, groups: Sequence[Sequence[Tensor]]) -> bool:
+        """Whether some parameter was not watched yet that has a gradient: it is watched now."""
+        found = False
+        for index, params in enumerate(groups):
+            new = [p for p in params if p.grad is not None and p not in self.passes.watched]
+            if new:
+                found = True
+                self._groups[index] = list(params)
+                self.passes.watch(new, index)
+        return found
 
     def clear(self) -> None:
         """Forget the open window."""
         self.passes.clear()
-        self._means = []
+        self._means, self._unread = [], False
 
     def detach(self) -> None:
         """Remove the hooks."""

@@ -93,6 +93,10 @@ class BackwardPasses:
         self.num_skipped += number
         del self.norms[:number]
 
+    def join(self, number: int) -> None:
+        """Take all passes for so many micro-batches, whose norms are then unknown."""
+        self.norms = [unknown_norms(self._num_groups, self._device)] * number
+
     def listen(self, wanted: bool) -> None:
         """Keep the hooks that read gradients only while that is wanted."""
         self._reading.stand(wanted)

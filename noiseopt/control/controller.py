@@ -293,7 +293,7 @@ class Controller:
             )
         elif changed and self.config.verify:
             verification = verification.start(state.accumulation_steps)
-        if changed:
+        if changed and not change.by_decay:
             state = replace(state, changed_at_samples=samples, changed_at_updates=state.num_updates)
         return self.at(
             replace(

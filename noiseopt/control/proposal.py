@@ -12,8 +12,8 @@ the batch (Seesaw, Meterez et al. 2026), which is equivalent where tr(Sigma)/B >
 Where the objective is time, the price of an update is measured. The batch that pays then makes the
 most progress in a second: it is where the product of samples a second and statistical efficiency,
 1 / (1 + B / B_noise), is greatest (goodput; Pollux, Qiao et al., OSDI 2021). So a window shrinks to
-it, though the noise scale be larger, except what the decay let it grow; and it follows the decay as
-far as that makes a sample clearly quicker.
+it, though the noise scale be larger, unless the decay let it grow; and it follows the decay as far
+as that makes a sample clearly quicker.
 """
 
 import math
@@ -36,11 +36,13 @@ class Change:
         action: "hold", "grow", "shrink" or "revert".
         steps: the window to use, in micro-batches on each rank.
         reason: why, in words and numbers.
+        by_decay: whether it follows the learning rate; the next change need not wait for that.
     """
 
     action: str
     steps: int
     reason: str
+    by_decay: bool = False
 
 
 def propose(
@@ -136,18 +138,26 @@ def _shrink(
     steps, shortest = state.accumulation_steps, config.min_accumulation_steps
     if not config.shrink or steps <= shortest or not state.settled(config):
         return None
-    upper = state.caution * noise.scale_upper
-    enough = _paying(state, noise, price, upper)
-    followed = state.phase == "decay" and steps <= _by_decay_at_most(config, state)
-    if config.objective == "updates" or (followed and steps > state.reference_steps):
-        enough = max(enough, upper)
+    enough = _enough(config, state, noise, price, state.caution * noise.scale_upper, steps)
     if enough > noise.batch / SHRINK_BELOW:
         return None
-    return Change(
-        "shrink",
-        max(steps // 2, shortest),
-        f"no batch beyond {enough:.4g} pays at this noise: {noise.batch:.4g} is far above it",
-    )
+    reason = f"a batch of {enough:.4g} is enough at this noise: {noise.batch:.4g} is far above it"
+    return Change("shrink", max(steps // 2, shortest), reason)
+
+
+def _enough(
+    config: NoiseConfig,
+    state: ControllerState,
+    noise: NoiseEstimate,
+    price: float,
+    scale: float,
+    steps: int,
+) -> float:
+    """The batch far above which windows of so many steps are not worth it, at this noise scale."""
+    paying = _paying(state, noise, price, scale)
+    reference = state.reference_steps
+    followed = config.grow_in_decay and reference < steps <= _by_decay_at_most(config, state)
+    return max(paying, scale) if config.objective == "updates" or followed else paying
 
 
 def paying_batch(price: float, scale: float) -> float:
@@ -227,4 +237,10 @@ def _grow_by_decay(
     if fraction < config.decay_noise_fraction:
         least = config.decay_noise_fraction
         return Change("hold", steps, f"{fell}, but {share}: growth takes {least:.3g}")
-    return Change("grow", larger, f"{fell} and {share}")
+    enough = _enough(config, state, noise, price, state.caution * noise.scale_lower, larger)
+    batch = noise.batch * larger / steps
+    if batch >= SHRINK_BELOW * enough:  # it would be taken back
+        return Change(
+            "hold", steps, f"{fell}, but a batch of {batch:.4g} is far above {enough:.4g}"
+        )
+    return Change("grow", larger, f"{fell} and {share}", by_decay=True)

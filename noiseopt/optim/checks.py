@@ -14,6 +14,12 @@ def check_group(group: dict[str, Any]) -> None:
     Raises:
         ValueError: names what is in the way and what to do.
     """
+    if not isinstance(group.get("noise", {}), dict):
+        raise ValueError(
+            f"a parameter group has noise={group['noise']!r}: it is a setting of the whole "
+            "optimizer, not of a group's (and not to be passed through wrappers that shard "
+            "parameters over ranks, such as ZeroRedundancyOptimizer, which are not supported)"
+        )
     if group.get("differentiable"):
         raise ValueError(
             "differentiable=True cannot be measured: the window's sum is kept in place, outside "

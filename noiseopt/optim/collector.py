@@ -31,9 +31,11 @@ from noiseopt.capture import (
 )
 from noiseopt.control import NoiseConfig
 from noiseopt.distributed import Ranks
+from noiseopt.loop_checks import LoopChecks
 from noiseopt.optim.reduction import keeping_own, reduce_window, reducing_if
 
 Groups = Sequence[Sequence[Tensor]]
+UNSCALED = 1.0  # until a loss scale is told
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +84,10 @@ class GradientCollector:
             )
         self._is_own = self._always_own
         self._has_averaged = False
-        self._told_of_passes = False
+        self._checks = LoopChecks(ranks)
         self._unstepped = False  # whether a micro-batch of accumulate() awaits its step()
         self.waits = False  # whether FSDP2 keeps the gradient of the micro-batch that comes
-        self.loss_scale: float | Tensor = 1.0
+        self.loss_scale: float | Tensor = UNSCALED
         told = weakref.proxy(adaptation)  # the hooks, which the parameters hold, keep nothing alive
         if config.accumulation == "external":
             self._capture = BackwardCapture(
@@ -303,14 +305,12 @@ class GradientCollector:
 
     def _read_own(self, local: LocalNorms, groups: Groups) -> Tensor:
         passes, number = len(local), self._window.passed_over + 1
-        if passes > number and not self._told_of_passes:
-            self._told_of_passes = True
-            self._ranks.warn(
-                f"{passes} backward passes in {number} micro-batches: what each rank contributes "
-                "to their sum is unknown, and such windows are not measured; add the losses up "
-                "and call backward() once, or, where the loop accumulates by itself, set "
-                "accumulation='external'"
-            )
+        self._checks.see_passes(
+            passes,
+            number,
+            f"where the loop accumulates {passes} by itself, set NoiseConfig("
+            f"accumulation='external', accumulation_steps={passes})",
+        )
         return local.take(groups, number)
 
     def _settle(self, groups: Groups) -> None:
@@ -333,7 +333,11 @@ class GradientCollector:
 
     def _take_window(self, capture: BackwardCapture, groups: Groups) -> Ended:
         """End a window that the loop has accumulated; what it did to `p.grad` since is applied."""
+        passes = capture.settle(groups)
         steps = len(capture)
+        self._checks.see_window(passes, steps, self._adaptation.steps)
+        if self._checks.compares_scales and self.loss_scale is UNSCALED:
+            self._checks.see_scale(capture.shrunk(groups))
         samples = self._adaptation.window_samples(capture.num_skipped + steps)
         measured = capture.close(groups, samples, self.loss_scale)
         grads = [grad for p in (p for g in groups for p in g) if (grad := p.grad) is not None]

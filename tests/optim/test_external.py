@@ -4,6 +4,7 @@ Held against the internal mode on the same data: the same windows, decisions and
 """
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -395,14 +396,26 @@ def test_a_step_without_a_backward_is_refused():
         optimizer.step()
 
 
-def test_a_parameter_that_was_frozen_at_the_start_is_refused_later():
-    model = build()
+@pytest.mark.parametrize("all_frozen", [False, True])
+def test_a_parameter_that_was_frozen_at_the_start_is_measured_from_its_second_window(all_frozen):
+    """In its first one nothing was read of it: the noise is unknown, and no update is lost."""
+    batches = draw(8)
+    model, reference = build(), build()
+    config = external(advise(2, decision_interval=1))
     model[0].requires_grad_(False)
-    optimizer = NoiseAwareAdamW(model.parameters(), noise=external(advise(1)))
+    optimizer = NoiseAwareAdamW(model.parameters(), lr=1e-2, noise=config)
     model[0].requires_grad_(True)
-    loss_of(model, draw(1)[0]).backward()
-    with pytest.raises(RuntimeError, match="2 of the optimizer's parameters"):
-        optimizer.step()
+    model[2].requires_grad_(not all_frozen)
+    accumulate(model, optimizer, batches)
+    always = NoiseAwareAdamW(reference.parameters(), lr=1e-2, noise=config)
+    reference[2].requires_grad_(not all_frozen)
+    accumulate(reference, always, batches)
+    assert same_bits(params_of(model), params_of(reference))
+    first, *others = windows_of(optimizer)
+    assert (first.micro_batches, first.skipped, first.applied) == (2, 0, True)
+    assert first.norms.small_sq == ()
+    assert all(map(math.isnan, first.norms.big_sq))
+    assert others == windows_of(always)[1:]
 
 
 @pytest.mark.parametrize("told", [1, 3])
@@ -413,7 +426,7 @@ def test_sample_counts_that_do_not_match_the_backwards_are_refused(told):
         loss_of(model, batch).backward()
     for _ in range(told):
         optimizer.set_samples(4)
-    with pytest.raises(ValueError, match=f"{told} times for 2 backward passes"):
+    with pytest.raises(ValueError, match=f"{told} times for 2 micro-batches"):
         optimizer.step()
 
 

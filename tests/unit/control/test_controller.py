@@ -177,8 +177,25 @@ def test_a_reverted_shrink_does_not_make_growth_more_cautious(run_of):
 
 
 def test_shrinking_has_its_switch(run_of):
-    settings = {"accumulation_steps": 16, "probe_interval": 0, "update_price": 1, "shrink": False}
+    settings = {"accumulation_steps": 16, "probe_interval": 0, "update_price": 1}
+    settings["dwell_updates"] = 50
+    assert "shrink" in run_of(controller(**settings), lambda seen: 8.0).until(3e4).actions
+    settings["shrink"] = False
     assert run_of(controller(**settings), lambda seen: 8.0).until(3e4).changes == []
+
+
+def test_growth_in_decay_does_not_hold_up_growth_by_the_noise(run_of):
+    """In windows of 16, the rate's fall makes many small steps."""
+
+    def lr(seen):
+        return max(0.5 + 0.5 * math.cos(math.pi * seen / 6e5), 1e-3)
+
+    def updates(**settings):
+        settings |= {"accumulation_steps": 16, "max_accumulation_steps": 512}
+        run = run_of(controller(**settings), lambda seen: 100.0 if seen < 2e5 else 2e4, lr=lr)
+        return run.until(6e5).controller.state.num_updates
+
+    assert updates() < updates(grow_in_decay=False)
 
 
 def test_where_each_micro_batch_brings_several_gradients_nothing_is_probed():

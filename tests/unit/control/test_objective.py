@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from noiseopt.control import (
     to_numbers,
 )
 from noiseopt.control.costs import Costs, Timing
-from noiseopt.control.proposal import LEAST_SPEED_UP, SHRINK_BELOW, propose
+from noiseopt.control.proposal import SHRINK_BELOW, propose
 from tests.unit.control.test_proposal import noise, state
 
 CONFIG = NoiseConfig(objective="time", accumulation_steps=4, max_accumulation_steps=64)
@@ -104,9 +105,9 @@ def test_micro_batches_that_cost_nothing_lead_to_the_longest_windows():
 
 
 def test_a_window_follows_the_decay_where_that_makes_samples_quicker():
-    """From 4 to 8: (1 + p / 4) / (1 + p / 8)."""
+    """From 4 to 8: (1 + p / 4) / (1 + p / 8), which must be 1.05."""
     config = replace(CONFIG, grow_by_noise=False)
-    price = 4 * (LEAST_SPEED_UP - 1) / (1 - LEAST_SPEED_UP / 2)
+    price = 4 * 0.05 / (1 - 1.05 / 2)
     for factor, action in ((1.01, "grow"), (0.99, "hold")):
         costs = Costs(factor * price, 1.0, 1.0, 1.0)
         assert proposed(exact(1e4), config, costs, lr=0.4).action == action
@@ -126,6 +127,34 @@ def test_what_the_decay_let_grow_is_kept(changes, action):
     dear_enough = Costs(0.5, 1.0, 1.0, 1.0)
     changes = {"accumulation_steps": 8, "reference_steps": 4.0, **changes}
     assert proposed(exact(64.0, 8), costs=dear_enough, **changes).action == action
+
+
+@pytest.mark.parametrize("objective", ["time", "updates"])
+@pytest.mark.parametrize("reference", [1.0, 4.0, 16.0])
+@pytest.mark.parametrize("lr", [1.0, 0.9, 0.5, 0.25, 0.05])
+def test_what_grows_is_not_taken_back(objective, reference, lr):
+    """At one noise and one price the rules come to rest, wherever they begin."""
+    for price, scale, start in product((0.05, 0.25, 1.0, 4.0), np.geomspace(1, 1e4, 13), (1, 64)):
+        config = replace(CONFIG, objective=objective, update_price=price)
+        costs, steps, actions = Costs(price * reference, 1.0, 1.0, 1.0), start, []
+        for _ in range(16):
+            given = {"accumulation_steps": steps, "reference_steps": reference, "lr": lr}
+            change = proposed(exact(scale, steps), config, costs, **given)
+            actions.append(change.action)
+            steps = change.steps
+        assert actions[-1] == "hold"
+
+
+def test_caution_takes_from_the_noise_that_a_window_is_kept_for():
+    assert proposed(exact(6.0)).action == "hold"
+    assert proposed(exact(6.0), caution=0.5).action == "shrink"
+
+
+def test_where_the_decay_may_let_nothing_grow_it_keeps_nothing():
+    free, grown = Costs(0.0, 1.0, 1.0, 1.0), {"accumulation_steps": 8, "lr": 0.5}
+    assert proposed(exact(64.0, 8), costs=free, **grown).action == "hold"
+    alone = replace(CONFIG, grow_in_decay=False)
+    assert proposed(exact(64.0, 8), alone, free, **grown).action == "shrink"
 
 
 def test_costs_that_are_not_known_hold_and_say_so():
@@ -150,11 +179,21 @@ def test_the_reason_tells_the_price():
         ({"reverts": 3}, "hold"),
         ({"blocked_until": 1.1e5}, "hold"),
         ({"changed_at_samples": 0.96e5}, "hold"),
-        ({"changed_at_updates": 951}, "hold"),
+        ({"changed_at_updates": 601}, "hold"),
+        ({"changed_at_updates": 600}, "grow"),
         ({"lr": 0.9}, "grow"),
         ({"accumulation_steps": 64}, "hold"),
     ],
-    ids=["warm-up", "reverts", "blocked", "dwell-samples", "dwell-updates", "decay", "limit"],
+    ids=[
+        "warm-up",
+        "reverts",
+        "blocked",
+        "dwell-samples",
+        "dwell-updates",
+        "dwelt",
+        "decay",
+        "limit",
+    ],
 )
 def test_what_holds_other_changes_back_holds_these(changes, action):
     steps = changes.get("accumulation_steps", 4)

@@ -111,7 +111,7 @@ def test_of_two_ways_to_grow_the_farther_is_taken():
         ({"reverts": 3}, noise()),
         ({"blocked_until": 1.1e5}, noise()),
         ({"changed_at_samples": 0.96e5}, noise()),
-        ({"changed_at_updates": 951}, noise()),
+        ({"changed_at_updates": 601}, noise()),
         ({"verification": verified(0.0, seen=5)}, noise()),
     ],
     ids=["warm-up", "uncertain", "reverts", "blocked", "dwell-samples", "dwell-updates", "pending"],
