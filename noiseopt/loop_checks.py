@@ -1,5 +1,10 @@
 """Warnings of a loop that does not bring what the measurement rests on, each once."""
 
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from noiseopt.capture import BackwardCapture
 from noiseopt.distributed import Ranks
 
 SHORT_WINDOWS = 8  # in a row, before a loop is taken not to follow
@@ -17,32 +22,49 @@ class LoopChecks:
         self._ranks = ranks
         self._told: set[str] = set()
         self._short = 0
-        self.compares_scales = True  # until one window was looked at
+        self._compares_scales = True  # until one window was looked at
+
+    def settle(
+        self,
+        capture: BackwardCapture,
+        groups: Sequence[Sequence[Tensor]],
+        announced: int,
+        scale_is_told: bool,
+    ) -> None:
+        """Settle a window that the loop has accumulated by itself, and look at what it was.
+
+        Args:
+            capture: what was read of it.
+            groups: the optimizer's parameters.
+            announced: how many micro-batches it was to have.
+            scale_is_told: whether the factor on its losses is known.
+        """
+        passes = capture.settle(groups)
+        if passes == 0:
+            return
+        if passes > len(capture):
+            self.see_passes(
+                passes,
+                len(capture),
+                f"if a window of the loop's has {passes} micro-batches, set "
+                f"NoiseConfig(accumulation_steps={passes}) and let it follow accumulation_steps",
+            )
+        self._see_length(passes, announced)
+        if self._compares_scales and not scale_is_told:
+            self._compares_scales = False
+            self._see_scale(capture.shrunk(groups))
 
     def see_passes(self, passes: int, micro_batches: int, remedy: str) -> None:
         """Warn of micro-batches that had several backward passes, which tell no norm of theirs."""
-        if passes > micro_batches:
-            self._warn(
-                "passes",
-                f"{passes} backward passes in {micro_batches} micro-batches: what each contributes "
-                "to their sum is unknown, and such windows are not measured; add the losses of a "
-                f"micro-batch up and call backward() once, or, {remedy}",
-            )
-
-    def see_window(self, passes: int, micro_batches: int, announced: int) -> None:
-        """Warn of windows that the loop makes of another length than was announced.
-
-        Args:
-            passes: backward passes in one that has ended.
-            micro_batches: what they are taken for.
-            announced: the length that it was to have.
-        """
-        self.see_passes(
-            passes,
-            micro_batches,
-            f"if a window of the loop's has {passes} micro-batches, set "
-            f"NoiseConfig(accumulation_steps={passes}) and let it follow accumulation_steps",
+        self._warn(
+            "passes",
+            f"{passes} backward passes in {micro_batches} micro-batches: what each contributes "
+            "to their sum is unknown, and such windows are not measured; add the losses of a "
+            f"micro-batch up and call backward() once, or, {remedy}",
         )
+
+    def _see_length(self, passes: int, announced: int) -> None:
+        """Warn of windows that stay shorter than they were to be; of 1 each, nothing shows that."""
         if passes < announced:
             self._short += 1
         elif announced > 1:
@@ -56,13 +78,8 @@ class LoopChecks:
                 f"says, or keep it from growing by NoiseConfig(max_accumulation_steps={passes})",
             )
 
-    def see_scale(self, shrunk: float) -> None:
-        """Warn of a loss scale that was not told.
-
-        Args:
-            shrunk: the gradient's norm at `step()` over that which the backward left.
-        """
-        self.compares_scales = False
+    def _see_scale(self, shrunk: float) -> None:
+        """Warn where the gradient at `step()` is so small a part of what the backward left."""
         if shrunk < SHRUNK:
             self._warn(
                 "scale",

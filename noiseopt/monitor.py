@@ -171,16 +171,12 @@ class NoiseMonitor(NoiseReadings):
             self._capture.add_group(group)
         if new:
             self._adaptation.set_groups(group_names(self.optimizer.param_groups))
-        passes = self._capture.settle(groups)
-        if passes == 0:
-            return
-        self._checks.see_window(passes, len(self._capture), self.accumulation_steps)
-        if self._checks.compares_scales and self._grad_scaler is None:
-            self._checks.see_scale(self._capture.shrunk(groups))
+        told = self._grad_scaler is not None
+        self._checks.settle(self._capture, groups, self.accumulation_steps, told)
 
     @torch.no_grad()
     def _close_window(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._closing is None:  # the backward passes were the closure's
+        if len(self._capture) != self._closing:  # a closure's backward passes came since
             self._settle()
         self._closing = None
         if len(self._capture) == 0:

@@ -9,8 +9,6 @@ import math
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,33 +24,21 @@ from noiseopt.capture import (
     big_columns,
     device_of,
     settled,
-    squared_norms,
-    unsharded_leaves,
 )
 from noiseopt.control import NoiseConfig
 from noiseopt.distributed import Ranks
 from noiseopt.loop_checks import LoopChecks
-from noiseopt.optim.reduction import keeping_own, reduce_window, reducing_if
+from noiseopt.optim.ended import Ended
+from noiseopt.optim.external import ExternalWindows
+from noiseopt.optim.reduction import (
+    averaging_modules,
+    keeping_own,
+    reduce_window,
+    reducing_if,
+    sharded_modules,
+)
 
 Groups = Sequence[Sequence[Tensor]]
-UNSCALED = 1.0  # until a loss scale is told
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """A window that has ended. `p.grad` times `scale` is its mean.
-
-    Attributes:
-        row: its numbers, summed over the ranks.
-        norm: the norm of the mean, 0-d; nan or inf where nothing of it may be applied.
-        scale: 0-d; None for 1.
-        steps: its micro-batches on each rank.
-    """
-
-    row: Tensor
-    norm: Tensor
-    scale: Tensor | None
-    steps: int
 
 
 class GradientCollector:
@@ -74,7 +60,8 @@ class GradientCollector:
         self._share = ranks.share if ranks.sharded else None
         skip = config.skip_nonfinite and adaptation.acts
         self._window = GradientWindow(self._device, skip, self._of_sums, self._share)
-        self._capture: BackwardCapture | None = None
+        self._external: ExternalWindows | None = None
+        self._hooks: list[BackwardCapture | LocalNorms] = []
         self._local: LocalNorms | None = None
         self._always_own = config.gradients == "local" and ranks.data > 1
         if self._always_own and ranks.sharded:
@@ -87,21 +74,24 @@ class GradientCollector:
         self._checks = LoopChecks(ranks)
         self._unstepped = False  # whether a micro-batch of accumulate() awaits its step()
         self.waits = False  # whether FSDP2 keeps the gradient of the micro-batch that comes
-        self.loss_scale: float | Tensor = UNSCALED
         told = weakref.proxy(adaptation)  # the hooks, which the parameters hold, keep nothing alive
         if config.accumulation == "external":
-            self._capture = BackwardCapture(
-                groups, lambda: told.steps, self._share, lambda: told.measures
-            )
+            self._external = ExternalWindows(ranks, groups, adaptation)
+            self._hooks.append(self._external.capture)
         elif ranks.data > 1 and not self._always_own:
             self._local = LocalNorms(groups, lambda: told.measures)
-        for hooks in (self._capture, self._local):
-            if hooks is not None:
-                weakref.finalize(self, hooks.passes.detach)
+            self._hooks.append(self._local)
+        for hooks in self._hooks:
+            weakref.finalize(self, hooks.passes.detach)
 
     def __len__(self) -> int:
         """Micro-batches in the open window, as far as they are known."""
-        return len(self._window if self._capture is None else self._capture)
+        return len(self._window if self._external is None else self._external.capture)
+
+    def set_loss_scale(self, scale: float | Tensor) -> None:
+        """Take the factor on the losses of a window that the loop accumulates."""
+        if self._external is not None:
+            self._external.loss_scale = scale
 
     @property
     def nbytes(self) -> int:
@@ -111,9 +101,8 @@ class GradientCollector:
     def add_group(self, params: Sequence[Tensor]) -> None:
         """Collect one more group's gradients."""
         self._window.add_group()
-        for hooks in (self._capture, self._local):
-            if hooks is not None:
-                hooks.add_group(params)
+        for hooks in self._hooks:
+            hooks.add_group(params)
 
     def open_window(self) -> None:
         """Read the next window's backward passes, if it is measured."""
@@ -123,9 +112,8 @@ class GradientCollector:
     def clear(self, keep_memory: bool) -> None:
         """Forget what the open window holds."""
         self._window.clear(keep_memory)
-        for hooks in (self._capture, self._local):
-            if hooks is not None:
-                hooks.clear()
+        for hooks in self._hooks:
+            hooks.clear()
 
     def take(self, groups: Groups) -> Ended | None:
         """Take what a call of `step()` brings; the window's end, if it is that.
@@ -133,8 +121,8 @@ class GradientCollector:
         Raises:
             RuntimeError: the ranks' gradients differ, or the window mixes kinds of gradients.
         """
-        if self._capture is not None:
-            return self._take_window(self._capture, groups)
+        if self._external is not None:
+            return self._external.take(groups)
         own, self._is_own = self._is_own, self._always_own
         self._unstepped = False
         waits, self.waits = self.waits, False
@@ -185,17 +173,17 @@ class GradientCollector:
             yield
             return
         if self._ranks.sharded:
-            modules = self._sharded_modules(model, groups)
-            self.waits = self._capture is None and not last
+            modules = sharded_modules(model, groups)
+            self.waits = self._external is None and not last
             with self._forgotten_if_it_raises(), reducing_if(last, modules):
                 yield
             return
-        wrappers = self._wrappers(model, groups)
-        averages = last if self._capture is not None else self._leaves_averaging(wrappers, last)
+        wrappers = averaging_modules(model, self._adaptation.ddp_around(groups))
+        averages = last if self._external is not None else self._leaves_averaging(wrappers, last)
         if averages:
             yield
             return
-        self._is_own = self._unstepped = self._capture is None
+        self._is_own = self._unstepped = self._external is None
         with self._forgotten_if_it_raises(), self._unread(), keeping_own(wrappers):
             yield
 
@@ -206,23 +194,6 @@ class GradientCollector:
         except BaseException:
             self._is_own, self._unstepped, self.waits = self._always_own, False, False
             raise
-
-    def _sharded_modules(self, model: nn.Module, groups: Groups) -> list[nn.Module]:
-        params = [param for params in groups for param in params]
-        modules = [module for module, _ in unsharded_leaves(params)]
-        if not modules:
-            raise ValueError(
-                f"accumulate() was given a {type(model).__name__} whose sharded gradients are not "
-                "averaged by FSDP2, which could put that off: leave accumulate() out"
-            )
-        return modules
-
-    def _wrappers(self, model: nn.Module, groups: Groups) -> list[nn.Module]:
-        """What would average gradients: the DDP modules, whichever of them was given."""
-        ddp = self._adaptation.ddp_around(groups)
-        given: Any = getattr(model, "_orig_mod", model)
-        others = [given] if hasattr(given, "no_sync") and given not in ddp else []
-        return [*ddp, *others]
 
     def _leaves_averaging(self, wrappers: Sequence[nn.Module], last: bool) -> bool:
         """Whether DDP had better average this micro-batch itself, while its backward runs.
@@ -263,8 +234,7 @@ class GradientCollector:
     @property
     def saw_backward(self) -> bool:
         """Whether a backward pass was read since the last step."""
-        hooks = self._capture if self._capture is not None else self._local
-        return hooks is not None and len(hooks) > 0
+        return any(len(hooks) > 0 for hooks in self._hooks)
 
     def agreed(self, here: bool) -> bool:
         """Whether something holds on every rank, where it may hold on some only."""
@@ -305,12 +275,13 @@ class GradientCollector:
 
     def _read_own(self, local: LocalNorms, groups: Groups) -> Tensor:
         passes, number = len(local), self._window.passed_over + 1
-        self._checks.see_passes(
-            passes,
-            number,
-            f"where the loop accumulates {passes} by itself, set NoiseConfig("
-            f"accumulation='external', accumulation_steps={passes})",
-        )
+        if passes > number:
+            self._checks.see_passes(
+                passes,
+                number,
+                f"where the loop accumulates {passes} by itself, set NoiseConfig("
+                f"accumulation='external', accumulation_steps={passes})",
+            )
         return local.take(groups, number)
 
     def _settle(self, groups: Groups) -> None:
@@ -330,21 +301,6 @@ class GradientCollector:
             big_columns(row).mul_(scale.square())
         norm = big_columns(row) if takes_sums else measured.big_norms
         return Ended(row, norm.sum().sqrt(), scale, steps)
-
-    def _take_window(self, capture: BackwardCapture, groups: Groups) -> Ended:
-        """End a window that the loop has accumulated; what it did to `p.grad` since is applied."""
-        passes = capture.settle(groups)
-        steps = len(capture)
-        self._checks.see_window(passes, steps, self._adaptation.steps)
-        if self._checks.compares_scales and self.loss_scale is UNSCALED:
-            self._checks.see_scale(capture.shrunk(groups))
-        samples = self._adaptation.window_samples(capture.num_skipped + steps)
-        measured = capture.close(groups, samples, self.loss_scale)
-        grads = [grad for p in (p for g in groups for p in g) if (grad := p.grad) is not None]
-        applied = squared_norms([grads], self._device, self._share)
-        extra = None if self._share is None else applied
-        row = self._adaptation.agree(measured, extra, at_once=extra is not None)
-        return Ended(row, applied[0].sqrt(), None, steps)
 
     def _reduce(self, groups: Groups, flushing: bool) -> tuple[Ended, bool]:
         row, done = reduce_window(self._window, groups, self._adaptation, flushing)

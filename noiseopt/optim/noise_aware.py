@@ -21,7 +21,8 @@ from noiseopt.capture import device_of, end_row, local
 from noiseopt.control import NoiseConfig, group_names
 from noiseopt.distributed import Ranks
 from noiseopt.optim.checks import check_group, check_step, prefer_fused
-from noiseopt.optim.collector import Ended, GradientCollector
+from noiseopt.optim.collector import GradientCollector
+from noiseopt.optim.ended import Ended
 from noiseopt.optim.hyper import decouples_weight_decay
 from noiseopt.optim.saving import SavesNoise
 from noiseopt.optim.update import AppliesMeans
@@ -107,7 +108,7 @@ class NoiseAware(AppliesMeans):
     def set_loss_scale(self, scale: float | Tensor) -> None:
         """With accumulation="external": the factor on the losses of the open window."""
         if self._adaptation:
-            self._collector.loss_scale = scale
+            self._collector.set_loss_scale(scale)
 
     def shorten_window(self, steps: int) -> None:
         """Say before its last micro-batch that the open window ends early, after so many.

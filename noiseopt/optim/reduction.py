@@ -5,7 +5,7 @@ up, in fp32 or wider, and divided by the sum of all weights. So ranks may bring 
 samples, or of micro-batches, and the mean is still that over all samples.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from noiseopt.capture import (
     big_columns,
     scale_all,
     squared_norms,
+    unsharded_leaves,
     wide_type,
 )
 
@@ -105,3 +106,26 @@ def reducing_if(last: bool, modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module in sharded:
             module.set_requires_gradient_sync(True, recurse=False)
+
+
+def sharded_modules(model: nn.Module, groups: Groups) -> list[nn.Module]:
+    """The modules of FSDP2 that hold these parameters.
+
+    Raises:
+        ValueError: there are none.
+    """
+    params = [param for params in groups for param in params]
+    modules = [module for module, _ in unsharded_leaves(params)]
+    if not modules:
+        raise ValueError(
+            f"accumulate() was given a {type(model).__name__} whose sharded gradients are not "
+            "averaged by FSDP2, which could put that off: leave accumulate() out"
+        )
+    return modules
+
+
+def averaging_modules(model: nn.Module, ddp: Collection[nn.Module]) -> list[nn.Module]:
+    """What would average gradients: the DDP modules, whichever of them was given."""
+    given: Any = getattr(model, "_orig_mod", model)
+    others = [given] if hasattr(given, "no_sync") and given not in ddp else []
+    return [*ddp, *others]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from noiseopt.capture import scale_all
-from noiseopt.optim.collector import Ended
+from noiseopt.optim.ended import Ended
 from noiseopt.optim.hyper import overridden, scaled_values
 from noiseopt.optim.saving import SavesNoise
 

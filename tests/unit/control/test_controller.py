@@ -45,14 +45,17 @@ def ideal_steps(scale):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_million_samples_of_rising_noise_take_few_changes_and_no_reversal(run_of, seed):
+@pytest.mark.parametrize(("settings", "within"), [({"dwell_updates": 50}, 0.15), ({}, 0.3)])
+def test_a_million_samples_of_rising_noise_take_few_changes_and_no_reversal(
+    run_of, settings, within, seed
+):
     """Six doublings, as many as the ideal path takes, and none taken back.
 
-    Averaged over samples, the batch is within 0.3 doublings of the ideal power of two (0.25
-    measured; 0.11 if changes may lie 50 updates apart), always from below, and reaches it in the
-    end.
+    Averaged over samples, the batch is near the ideal power of two, in doublings (0.07 to 0.11
+    measured where changes may lie 50 updates apart, 0.25 at the default of 400), always from below,
+    and reaches it in the end.
     """
-    settings = {"max_accumulation_steps": 128, "update_price": PRICE}
+    settings = {"max_accumulation_steps": 128, "update_price": PRICE, **settings}
     run = run_of(controller(**settings), rising, seed=seed).until(1e6)
     assert run.actions == ["grow"] * 6
     before, total = 0.0, 0.0
@@ -61,7 +64,7 @@ def test_a_million_samples_of_rising_noise_take_few_changes_and_no_reversal(run_
         assert error <= 0
         total += abs(error) * (decision.samples_seen - before)
         before = decision.samples_seen
-    assert total / before < 0.3
+    assert total / before < within
     assert error == 0
 
 

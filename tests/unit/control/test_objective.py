@@ -42,7 +42,10 @@ def exact(scale, steps=4):
 @pytest.mark.parametrize("scale", [30.0, 200.0, 1000.0, 5000.0])
 @pytest.mark.parametrize("per_update", [1.0, 4.0, 16.0])
 def test_steps_lead_to_the_greatest_goodput(scale, per_update):
-    """Micro-batches a second times 1 / (1 + B / B_noise), from below and from above."""
+    """Micro-batches a second times 1 / (1 + B / B_noise), from below and from above.
+
+    As near as windows come that double only up to what pays: 0.879 of the greatest at the least.
+    """
 
     def goodput(length):
         return length / (per_update + length) / (scale + 8 * length)
@@ -54,7 +57,7 @@ def test_steps_lead_to_the_greatest_goodput(scale, per_update):
         steps = start
         for _ in range(20):
             steps = proposed(exact(scale, steps), config, costs, accumulation_steps=steps).steps
-        assert goodput(steps) > 0.8 * best
+        assert goodput(steps) > 0.87 * best
 
 
 @pytest.mark.parametrize("unit", [1e-3, 60.0])
