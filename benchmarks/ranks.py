@@ -294,6 +294,7 @@ def _work(rank: int, ranks: int, port: int, folder: str, jobs: Jobs) -> None:
         dist.barrier()
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may abort a process while Python ends (pytorch issue 190489)
 
 
 # --- the cost of updates ------------------------------------------------------------------------

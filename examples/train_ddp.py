@@ -133,6 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
             save(checkpoint, parts, position, device)
     optimizer.flush()
     save(checkpoint, parts, args.steps, device)
+    dist.barrier()  # none leaves while another still works
     dist.destroy_process_group()
 
 

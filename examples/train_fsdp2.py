@@ -184,6 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
         record(optimizer, args.folder)
     train(run, text.load(args.text).train.chunk(ranks)[rank], args, device)
     save(run, args.folder)
+    dist.barrier()  # none leaves while another still works
     dist.destroy_process_group()
 
 

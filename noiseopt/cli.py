@@ -29,7 +29,8 @@ decisions come out; with --set, where other settings would have decided otherwis
 the same does not come out by the run's own settings."""
 WATCH = """\
 Shows a run in the terminal while it is trained: its noise, window, learning rate, clipping and
-latest changes, from its record. Ctrl-C ends it; training is not touched."""
+latest changes, from its record. Ctrl-C ends it; training is not touched. Into a file or a pipe it
+shows what is known by now, and ends."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -121,7 +121,7 @@ def watch(path: Path, seconds: float = 1.0, once: bool = False) -> None:
     Args:
         path: its record, which need not be there yet.
         seconds: the time between two looks.
-        once: show what is known by now, and return.
+        once: show what is known by now, and return; so too where the output is no terminal.
 
     Raises:
         ModuleNotFoundError: rich is missing; says what to install.
@@ -135,7 +135,7 @@ def watch(path: Path, seconds: float = 1.0, once: bool = False) -> None:
         raise ModuleNotFoundError(NEEDS_RICH) from error
     run, console = Watch(path), Console(highlight=False)
     run.look()
-    if once:
+    if once or not console.is_terminal:
         if not parts(path):
             raise FileNotFoundError(f"there is no record {path}")
         console.print(run.view(time.time()))

@@ -151,6 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows = [row(decision) for decision in telling(read(log.path).decisions)]
         table.show(f"Decisions, from {log.path}", COLUMNS, rows)
     engine.destroy()
+    dist.barrier()  # none leaves while another still works
     dist.destroy_process_group()
 
 

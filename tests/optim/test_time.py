@@ -85,14 +85,14 @@ def test_other_objectives_read_no_clock(clock):
 
 
 def test_real_sleeps_are_told_apart():
-    """A sleep is never shorter than asked for; other work may stretch both."""
+    """A sleep is never shorter than asked for; other work may stretch both, but not fourfold."""
 
     def sleeps(applied):
-        time.sleep(0.002 + 0.012 * applied)
+        time.sleep(0.005 + 0.1 * applied)
 
-    last = run(replace(TIMED, decision_interval=2), 120, sleeps).decision
+    last = run(replace(TIMED, decision_interval=2), 60, sleeps).decision
     assert last.costs is not None, last.reason
-    assert last.costs.per_update > 2 * last.costs.per_micro_batch > 0.002
+    assert last.costs.per_update > 2 * last.costs.per_micro_batch > 0.005
 
 
 def test_a_recorded_run_decides_alike_again(clock, tmp_path):

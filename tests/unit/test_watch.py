@@ -118,9 +118,10 @@ def test_text_of_a_run_is_not_taken_for_markup(path):
     assert "[red]not markup[/nonsense]" in text_of(watch)
 
 
-def test_the_command_shows_a_run_once(path, capsys):
+@pytest.mark.parametrize("options", [["--once"], []], ids=["once", "no terminal"])
+def test_the_command_shows_a_run_once(path, capsys, options):
     started(path).run(50)
-    assert cli.main(["watch", str(path.parent), "--once"]) == 0
+    assert cli.main(["watch", str(path.parent), *options]) == 0
     assert "noise scale" in capsys.readouterr().out
 
 
