@@ -7,7 +7,8 @@ Arms take their micro-batches in turn, in an order that is drawn anew for each, 
 else the machine does meets all of them alike. A round is a block of micro-batches that ends, for
 our arms, in a decision, which is never less often than by default. What is reported is the median
 over rounds of an arm's time over the reference's, with quartiles; the arm "torch, again" is the
-control: as far as its quartiles lie from 1, nothing is resolved.
+control: as far as its quartiles lie from 1, nothing is resolved. "torch's kernels alone" calls, on
+a CPU, the kernels that measuring and clipping need, without any of our code.
 
 update: one update with measuring and clipping. Gradients are copied into place before each, which
     is not timed. In a window of 4 the reference adds three of the four gradients to `p.grad`, as
@@ -23,6 +24,7 @@ waits: steps without a decision under torch.cuda.set_sync_debug_mode("error").
 import argparse
 import gc
 import logging
+import math
 import random
 import statistics
 import sys
@@ -59,7 +61,7 @@ MIN_ROUNDS = 3
 SECONDS = 390.0  # after which each comparison still makes one round
 RESULTS = Path(__file__).parent / "results"
 NAME = "overhead.json"
-REFERENCE, CONTROL = "torch", "torch, again"
+REFERENCE, CONTROL, LEAST = "torch", "torch, again", "torch's kernels alone"
 
 
 # --- models -----------------------------------------------------------------------------------
@@ -255,6 +257,26 @@ class TorchUpdate(Update):
                 self.optimizer.step()
 
 
+class KernelsUpdate(TorchUpdate):
+    """The kernels that ours calls, and nothing else: the least that its update can take."""
+
+    def micro_batch(self) -> None:
+        self.set_grads()
+        with self.update:
+            step_clipped(self.optimizer, self.into, self.clip)
+
+
+def norm_of(grads: Sequence[Tensor]) -> float:
+    return math.hypot(*(norm.item() for norm in torch._foreach_norm(grads)))
+
+
+def step_clipped(optimizer: Any, grads: Sequence[Tensor], max_norm: float) -> None:
+    """Update with torch's fused kernel, which clips as it goes."""
+    optimizer.grad_scale = torch.tensor(max(norm_of(grads) / max_norm, 1.0))
+    optimizer.found_inf = torch.tensor(0.0)
+    optimizer.step()
+
+
 class OurUpdate(Update):
     def __init__(
         self, params: Sequence[Tensor], grads: Sequence[Tensor], noise: NoiseConfig, **how: Any
@@ -311,6 +333,24 @@ class TorchStep(Step):
     def __init__(self, size: Size, batch: int, window: int, device: torch.device) -> None:
         super().__init__(size, batch, window, device)
         self.optimizer = torch.optim.AdamW(self.params, lr=1e-4, fused=True)
+
+
+class KernelsStep(TorchStep):
+    """The kernels that ours calls, and nothing else: of norms, of the sum, of the update."""
+
+    def after(self) -> None:
+        grads = [p.grad for p in self.params]
+        norm_of(grads)
+        if self.first:
+            self.sums = grads
+        else:
+            torch._foreach_add_(self.sums, grads)
+        self.optimizer.zero_grad()
+        if self.last:
+            for param, total in zip(self.params, self.sums, strict=True):
+                param.grad = total
+            step_clipped(self.optimizer, self.sums, CLIP)
+            self.optimizer.zero_grad()
 
 
 class OurStep(Step):
@@ -628,6 +668,13 @@ def update_comparisons(size: Size, device: torch.device) -> Iterator[Comparison]
         targeted = arms if (kernel, window) == ("fused", 1) else ()
         if kernel == "fused":
             arms = arms | {"noiseopt, advise": ours("advise", 2 * norm)}
+        if targeted and device.type == "cpu":
+            arms = arms | {
+                f"{LEAST}, {how}": lambda clip=clip: KernelsUpdate(
+                    params, grads, 1, clip, fused=True
+                )
+                for how, clip in {"clips": norm / 2, "does not clip": 2 * norm}.items()
+            }
         yield Comparison(
             "wall" if device.type == "cuda" else "cpu",
             common | {"kernel": kernel, "window": window},
@@ -692,6 +739,8 @@ def step_comparisons(
                 measure_interval=1,  # the most that it can cost
             ),
         }
+        if device.type == "cpu":
+            arms[LEAST] = peer(KernelsStep)
         others = {name: peer(PEERS[name]) for name in peers if batch in size.peers}
         yield Comparison(
             "wall" if device.type == "cuda" else "cpu",

@@ -60,7 +60,7 @@ from benchmarks.steady import past_first_windows
 from noiseopt import NoiseAwareAdamW, NoiseConfig
 from noiseopt.adaptation import Adaptation
 from noiseopt.agreement import Agreement
-from noiseopt.capture import GradientWindow, LocalNorms, passes
+from noiseopt.capture import LocalNorms, passes, tally
 from noiseopt.capture.row import TAIL
 from noiseopt.capture.sums import GradientSums
 from noiseopt.demo.gpt import GPT, VOCABULARY, Shape
@@ -474,7 +474,7 @@ PARTS = (
     (passes.BackwardPasses, "_take", "confirming that they are accumulated"),
     (passes.BackwardPasses, "_end", "end of the backward: norms joined, entries sampled"),
     (LocalNorms, "take", "factor from the sampled entries"),
-    (GradientWindow, "_squared_norms", "norm of the mean"),
+    (tally._HostTally, "norms_of", "norm of the mean"),
     (GradientSums, "add", "adding to the window's sum"),
     (GradientSums, "merge", "adding the last gradient"),
     (Ranks, "begin_sum_", ROW),

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from noiseopt.agreement import Agreement, starting_facts
-from noiseopt.capture import APPLIED, SECONDS, Measured, read_rows, read_seconds
+from noiseopt.capture import APPLIED, SECONDS, Measured, Row, as_tensor, read_rows, read_seconds
 from noiseopt.clock import Clock
 from noiseopt.control import (
     RATE_RULES,
@@ -85,7 +85,7 @@ class Adaptation:
 
     def _go_on(self, controller: Controller) -> None:
         self._controller = controller
-        self._rows: list[Tensor] = []
+        self._rows: list[Row] = []
         self._samples = SampleCounts(self.config, controller.state.counts_samples)
         self._losses = Losses()
         self._clock = Clock() if self.config.objective == "time" else None
@@ -221,9 +221,7 @@ class Adaptation:
 
     # ------------------------------------------------------------------ windows and decisions
 
-    def agree(
-        self, measured: Measured, extra: Tensor | None = None, at_once: bool = True
-    ) -> Tensor:
+    def agree(self, measured: Measured, extra: Tensor | None = None, at_once: bool = True) -> Row:
         """Make a window's row, summed over the ranks; see `Agreement.sum_`.
 
         Args:
@@ -237,12 +235,14 @@ class Adaptation:
         row = measured.row(self._losses.take())
         if self._clock and self._clock.untold:
             row[SECONDS] = self._clock.tell()
-        if self.ranks.all > 1:
-            self._agreement.set_settings(self.settings())
-            self._agreement.sum_(row, self.num_groups, extra, self.open_window, at_once)
-        return row
+        if self.ranks.all == 1:
+            return row
+        summed = as_tensor(row)
+        self._agreement.set_settings(self.settings())
+        self._agreement.sum_(summed, self.num_groups, extra, self.open_window, at_once)
+        return summed
 
-    def close_window(self, row: Tensor, lr: Callable[[], float]) -> None:
+    def close_window(self, row: Row, lr: Callable[[], float]) -> None:
         """Queue a window; decide if a decision is due.
 
         Args:

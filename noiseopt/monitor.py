@@ -15,7 +15,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from noiseopt.adaptation import Adaptation, Number
-from noiseopt.capture import BackwardCapture, big_columns, end_row
+from noiseopt.capture import BackwardCapture, end_row, norm_of_mean
 from noiseopt.control import RATE_RULES, NoiseConfig, Rates, group_names
 from noiseopt.distributed import Ranks
 from noiseopt.loop_checks import LoopChecks
@@ -189,7 +189,7 @@ class NoiseMonitor(NoiseReadings):
         samples = adaptation.window_samples(self._num_taken)
         row = adaptation.agree(self._capture.close(groups, samples, self._loss_scale()))
         self._micro_batches += len(samples)
-        end_row(row, True, big_columns(row).sum().sqrt() > adaptation.max_norm)
+        end_row(row, True, norm_of_mean(row) > adaptation.max_norm)
         adaptation.close_window(row, self._lr)
 
     def _loss_scale(self) -> float | Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from noiseopt.adaptation import Adaptation, Number
-from noiseopt.capture import Measured, end_row, squared_norms
+from noiseopt.capture import Measured, Row, end_row, squared_norms
 from noiseopt.control import Decision, NoiseConfig, group_names, metrics
 from noiseopt.distributed import Ranks, digest
 from noiseopt.integrations.deepspeed.control import EngineControl
@@ -56,7 +56,7 @@ class EngineNoise(NoiseReadings):
         self._leaves = LeafNorms(self._groups, self._device)
         self._control = EngineControl(engine, self._wrapper, settings)
         self._loop = LoopWatch(engine, self._leaves, self._control)
-        self._ended: tuple[Tensor, float] | None = None  # a window's row, and the user's rate in it
+        self._ended: tuple[Row, float] | None = None  # a window's row, and the user's rate in it
         self._started = self.tells_samples = False
         if engine.monitor.enabled:
             self.add_observer(self._write_events)
@@ -190,7 +190,7 @@ class EngineNoise(NoiseReadings):
         self._leaves.clear()
         self._ended = row, lr
 
-    def _agree(self, steps: int, at_once: bool) -> tuple[Tensor, Tensor]:
+    def _agree(self, steps: int, at_once: bool) -> tuple[Row, Tensor]:
         """Make a window's row.
 
         Args:

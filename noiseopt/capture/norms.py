@@ -35,9 +35,16 @@ def squared_norms(
         return torch.stack([_shared_norm(grads, device, share) for grads in groups])
     held = [list(map(local, grads)) for grads in groups]
     if device.type == "cpu" and all(grad.is_cpu for grads in held for grad in grads):
-        sums = [_sum_cpu(grads) for grads in held]
-        return torch.tensor(sums, dtype=sum_dtype(device), device=device)
+        return torch.tensor(plain_norms(held), dtype=sum_dtype(device), device=device)
     return torch.stack([_squared_norm(grads, device) for grads in held])
+
+
+def plain_norms(groups: Sequence[Sequence[Tensor]]) -> list[float]:
+    """The same as plain numbers, which waits for whatever device the gradients are on."""
+    held = [list(map(local, grads)) for grads in groups]
+    if all(grad.is_cpu for grads in held for grad in grads):
+        return [_sum_cpu(grads) for grads in held]
+    return [_squared_norm(grads, torch.device("cpu")).item() for grads in held]
 
 
 def begun_norm(grad: Tensor) -> Tensor:

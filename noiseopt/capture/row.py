@@ -9,6 +9,7 @@ sum of losses, number of losses, seconds, applied, clipped.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +22,14 @@ WEIGHT, STEPS, SECONDS, APPLIED, CLIPPED = -12, -7, -3, -2, -1
 ENDED = APPLIED  # from there on, how the window ended
 
 
+Row = Tensor | list[float]  # plain numbers on the CPU, until they are summed over ranks
+Column = Tensor | Sequence[float]
+Table = Tensor | Sequence[Sequence[float]]
+
+
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A window's gradients, as far as they are kept. All tensors are on one device.
+    """A window's gradients, as far as they are kept: all tensors on one device, or all numbers.
 
     Attributes:
         small_norms: |g_i|^2, shape (K, groups), those of skipped micro-batches included; nan where
@@ -34,17 +40,22 @@ class Measured:
         scale: what `p.grad` is still to be multiplied by to be the mean; None for 1.
     """
 
-    small_norms: Tensor
-    big_norms: Tensor
-    samples: Tensor
-    weights: Tensor
-    scale: Tensor | None
+    small_norms: Table
+    big_norms: Column
+    samples: Column
+    weights: Column
+    scale: Tensor | float | None
 
     def __len__(self) -> int:
         """K, the micro-batches of the window, the skipped ones included."""
-        return self.small_norms.shape[0]
+        return len(self.small_norms)
 
-    def row(self, losses: Sequence[Tensor]) -> Tensor:
+    @property
+    def norm(self) -> Tensor | float:
+        """|sum w_i g_i|."""
+        return _norm(self.big_norms)
+
+    def row(self, losses: Sequence[Tensor]) -> Row:
         """The window as one row, shape (2 * groups + 12,), as if applied and not clipped.
 
         Nothing waits for it.
@@ -52,58 +63,85 @@ class Measured:
         Args:
             losses: the losses reported in it, each 0-d.
         """
-        on_cpu = self.small_norms.device.type == "cpu"
-        return self._plain_row(losses) if on_cpu else self._device_row(losses)
-
-    def _device_row(self, losses: Sequence[Tensor]) -> Tensor:
-        used = self.weights > 0
-        small = torch.where(used[:, None], self.small_norms, 0.0).mul(self.weights[:, None]).sum(0)
-        ones, counted = torch.ones_like(self.weights), used.to(self.weights.dtype)
-        sums = [
-            self.weights,
-            self.weights / self.samples,
-            self.weights.square() / self.samples,
-            counted,
-            self.samples * counted,
-            ones,
-            ones - counted,
-        ]
-        loss = sum(loss.to(small.device, small.dtype, non_blocking=True) for loss in losses)
-        rest = torch.stack([_like(value, small) for value in (loss, len(losses), 0.0, 1.0, 0.0)])
-        return torch.cat([small, self.big_norms, torch.stack(sums).sum(1), rest])
-
-    def _plain_row(self, losses: Sequence[Tensor]) -> Tensor:
-        """The same where reading waits for nothing: made as plain numbers, it takes less time."""
-        columns = (self.weights, self.samples, self.small_norms)
-        each = list(zip(*(column.tolist() for column in columns), strict=True))
-        used = [(weight, number, norms) for weight, number, norms in each if weight > 0]
-        groups = range(len(self.big_norms))
-        small = [sum(weight * norms[group] for weight, _, norms in used) for group in groups]
-        tail = (
-            sum(weight for weight, _, _ in each),
-            sum(weight / number for weight, number, _ in each),
-            sum(weight * weight / number for weight, number, _ in each),
-            len(used),
-            sum(number for _, number, _ in used),
-            len(each),
-            len(each) - len(used),
-        )
-        ended = (sum(map(float, losses)), len(losses), 0, 1, 0)
-        numbers = [*small, *self.big_norms.tolist(), *tail, *ended]
-        return torch.tensor(numbers, dtype=self.small_norms.dtype, device="cpu")
+        on_host = not isinstance(self.small_norms, Tensor) or self.small_norms.is_cpu
+        make: Any = _host_row if on_host else _device_row
+        row: Row = make(self.small_norms, self.big_norms, self.samples, self.weights, losses)
+        return row
 
 
-def end_row(row: Tensor, applied: Tensor | bool, clipped: Tensor | bool) -> None:
+def _device_row(
+    small: Tensor, big: Tensor, samples: Tensor, weights: Tensor, losses: Sequence[Tensor]
+) -> Tensor:
+    used = weights > 0
+    small = torch.where(used[:, None], small, 0.0).mul(weights[:, None]).sum(0)
+    ones, counted = torch.ones_like(weights), used.to(weights.dtype)
+    sums = [
+        weights,
+        weights / samples,
+        weights.square() / samples,
+        counted,
+        samples * counted,
+        ones,
+        ones - counted,
+    ]
+    loss = sum(loss.to(small.device, small.dtype, non_blocking=True) for loss in losses)
+    rest = torch.stack([_like(value, small) for value in (loss, len(losses), 0.0, 1.0, 0.0)])
+    return torch.cat([small, big, torch.stack(sums).sum(1), rest])
+
+
+def _host_row(
+    small: Table, big: Column, samples: Column, weights: Column, losses: Sequence[Tensor]
+) -> list[float]:
+    """The same where reading waits for nothing: made as plain numbers, it takes less time."""
+    each = list(zip(*map(_plain, (weights, samples, small)), strict=True))
+    used = [(weight, number, norms) for weight, number, norms in each if weight > 0]
+    groups = range(len(big))
+    small = [sum(weight * norms[group] for weight, _, norms in used) for group in groups]
+    tail = (
+        sum(weight for weight, _, _ in each),
+        sum(weight / number for weight, number, _ in each),
+        sum(weight * weight / number for weight, number, _ in each),
+        len(used),
+        sum(number for _, number, _ in used),
+        len(each),
+        len(each) - len(used),
+    )
+    ended = (sum(map(float, losses)), len(losses), 0, 1, 0)
+    return [*small, *_plain(big), *tail, *ended]
+
+
+def _plain(column: Any) -> Any:
+    return column.tolist() if isinstance(column, Tensor) else column
+
+
+def _norm(squares: Column) -> Tensor | float:
+    return squares.sum().sqrt() if isinstance(squares, Tensor) else math.sqrt(sum(squares))
+
+
+def as_tensor(row: Row) -> Tensor:
+    """A row as a tensor, itself if it is one."""
+    if isinstance(row, Tensor):
+        return row
+    return torch.tensor(row, dtype=torch.float64, device="cpu")
+
+
+def end_row(row: Row, applied: Tensor | bool, clipped: Tensor | bool) -> None:
     """Write into a row how its window ended. Nothing waits for it."""
-    if applied is not True:
-        row[APPLIED] = applied
-    if clipped is not False:
-        row[CLIPPED] = clipped
+    columns: Any = row
+    for column, value, is_there in ((APPLIED, applied, True), (CLIPPED, clipped, False)):
+        if value is not is_there:
+            columns[column] = value if isinstance(row, Tensor) else float(value)
+
+
+def norm_of_mean(row: Row) -> Tensor | float:
+    """|mean|, of all groups together."""
+    groups = (len(row) - TAIL) // 2
+    return _norm(row[groups : 2 * groups])
 
 
 def big_columns(row: Tensor) -> Tensor:
     """The part of a row that holds |mean|^2, shape (groups,)."""
-    groups = (row.shape[-1] - TAIL) // 2
+    groups = (len(row) - TAIL) // 2
     return row[groups : 2 * groups]
 
 
@@ -113,19 +151,21 @@ def _like(value: Tensor | float, other: Tensor) -> Tensor:
     return other.new_full((), value)
 
 
-def read_rows(rows: Sequence[Tensor], ranks: int) -> list[Window]:
+def read_rows(rows: Sequence[Row], ranks: int) -> list[Window]:
     """Bring rows to the host in one transfer. This waits for the device.
 
     Args:
         rows: summed over the ranks.
         ranks: how many took part.
     """
-    return [_read(row, ranks) for row in torch.stack(list(rows)).tolist()] if rows else []
+    on_device = any(isinstance(row, Tensor) for row in rows)
+    lists: Any = torch.stack(list(map(as_tensor, rows))).tolist() if on_device else rows
+    return [_read(row, ranks) for row in lists]
 
 
-def read_seconds(rows: Sequence[Tensor], ranks: int) -> float:
+def read_seconds(rows: Sequence[Row], ranks: int) -> float:
     """The seconds that rows tell together, mean over the ranks. This waits for the device."""
-    return torch.stack([row[SECONDS] for row in rows]).sum().item() / ranks if rows else 0.0
+    return float(sum(row[SECONDS] for row in rows)) / ranks
 
 
 def _read(row: list[float], ranks: int) -> Window:

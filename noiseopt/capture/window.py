@@ -4,13 +4,11 @@ The sum lives in a buffer of its own, in fp32 or wider, so that nothing a traini
 `p.grad` between micro-batches can touch what is already summed. A window of one has no buffer.
 """
 
-import math
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from noiseopt.capture.norms import squared_norms, sum_dtype
 from noiseopt.capture.row import Measured
 from noiseopt.capture.sharding import Share
 from noiseopt.capture.sums import (
@@ -21,6 +19,7 @@ from noiseopt.capture.sums import (
     pairs_of,
     scale_all,
 )
+from noiseopt.capture.tally import tally_on
 
 
 class GradientWindow:
@@ -33,6 +32,7 @@ class GradientWindow:
         share: how this rank's part of a gradient counts in the sum over ranks, if it is a part.
 
     Attributes:
+        device: where the norms are kept.
         alone: whether it holds gradients of this rank alone.
     """
 
@@ -43,26 +43,23 @@ class GradientWindow:
         sums: bool = False,
         share: Share | None = None,
     ) -> None:
-        self._device = device
-        self._skip_nonfinite = skip_nonfinite
-        self._of_sums = sums
-        self._norms: list[Tensor] = []
-        self._samples: list[float] = []
-        self._weights: list[float] = []
-        self._finite: list[Tensor | bool] = []
+        # Where each rank holds but a part, one cannot tell for the others what is finite: their
+        # window is judged as a whole.
+        self._judges = skip_nonfinite and share is None
+        self.device, self._of_sums = device, sums
+        self._tally = tally_on(device, sums, share)
         self._sums = GradientSums()
         self._merged = False
-        self._share = share
         self.alone = False
 
     def __len__(self) -> int:
         """How many micro-batches were taken, the skipped ones included."""
-        return len(self._samples)
+        return len(self._tally)
 
     @property
     def passed_over(self) -> int:
         """How many micro-batches there are whose gradients are still to come."""
-        return len(self) - len(self._norms)
+        return self._tally.passed_over
 
     @property
     def nbytes(self) -> int:
@@ -91,14 +88,13 @@ class GradientWindow:
             None while the window stays open. At its end `p.grad` holds the weighted sum, and what
             is left to do is to multiply it by the returned `scale`.
         """
-        norms = self._note(groups, samples, weight, closes, local_norms)
-        finite = self._finite[-1]
+        norms, finite = self._note(groups, samples, weight, closes, local_norms)
         if not closes:
             if finite is not False:
                 self._sums.add(pairs_of(groups), self._newest_factor)
             return None
         if len(self) == 1 and not self._of_sums:
-            return self._measured(norms)
+            return self._tally.measured(norms)
         if finite is False:
             return self.flush(groups)
         if is_narrow(groups):
@@ -109,9 +105,7 @@ class GradientWindow:
 
     def pass_over(self, samples: float, weight: float) -> None:
         """Count a micro-batch whose gradient comes with that of the window's last one."""
-        self._samples.append(samples)
-        self._weights.append(weight)
-        self._finite.append(True)
+        self._count(samples, weight)
 
     def flush(self, groups: Groups) -> Measured:
         """End the window with what was taken so far, leaving its sum in `p.grad`."""
@@ -119,17 +113,16 @@ class GradientWindow:
             self._sums.restore(groups)
             return self._measured_sum(groups)
         # A narrow type may not hold the sum: made the mean while it is wide, it is rounded once.
-        total = self._counts()[1].sum()
-        scale_all(list(self._sums.totals.values()), 1 / total)
+        scale_all(list(self._sums.totals.values()), self._tally.scale())
         self._sums.restore(groups)
-        big = self._squared_norms(grads_of(groups)) + 0 / total  # nan where nothing was left
-        return self._measured(big)
+        big = self._tally.norms_of(grads_of(groups))
+        return self._tally.measured(self._tally.unless_empty(big))
 
     def take_alone(self, groups: Groups, samples: float, weight: float, closes: bool) -> None:
         """Take a gradient that is this rank's own, towards a sum over all ranks; see `hand_out`."""
         self.alone = True
-        self._note(groups, samples, weight, False, None)
-        if self._finite[-1] is False:
+        _, finite = self._note(groups, samples, weight, False, None)
+        if finite is False:
             return
         if closes and not is_narrow(groups):
             self._sums.merge(pairs_of(groups), self._newest_factor)
@@ -140,9 +133,8 @@ class GradientWindow:
     def leave_out(self, groups: Groups, samples: float, weight: float) -> None:
         """Count a gradient of this rank's own that was thrown away."""
         self.alone = True
-        self.pass_over(samples, weight)
-        self._finite[-1] = False
-        self._norms.append(self._squared_norms([[] for _ in groups]))
+        self._count(samples, weight, finite=False)
+        self._tally.add_norms([self._tally.norms_of([[] for _ in groups])])
 
     def hand_out(self, groups: Groups) -> tuple[Measured, dict[Tensor, Tensor]]:
         """End a window of this rank's own gradients, which may be empty.
@@ -151,7 +143,7 @@ class GradientWindow:
             Its norms, those of the mean left out, and for each parameter that had a gradient the
             weighted sum: `p.grad` itself, or a wider buffer where that is of a narrow type.
         """
-        measured = self._measured(self._squared_norms([[] for _ in groups]))
+        measured = self._tally.measured(self._tally.norms_of([[] for _ in groups]))
         if is_narrow(groups):
             totals = self._sums.totals
             for param in (param for group in groups for param in group):
@@ -164,11 +156,11 @@ class GradientWindow:
 
     def add_group(self) -> None:
         """Count one more parameter group as without gradient in the window so far."""
-        self._norms = [torch.cat([norms, norms.new_zeros(1)]) for norms in self._norms]
+        self._tally.add_group()
 
     def clear(self, keep_memory: bool) -> None:
         """Start the next window."""
-        self._norms, self._samples, self._weights, self._finite = [], [], [], []
+        self._tally.clear()
         self._sums.clear(keep_memory)
         self.alone = self._merged = False
 
@@ -179,31 +171,29 @@ class GradientWindow:
         weight: float,
         closes: bool,
         local_norms: Tensor | None,
-    ) -> Tensor:
-        """Count a micro-batch and keep its norms; return those of `p.grad`."""
+    ) -> tuple[Any, Tensor | bool]:
+        """Count a micro-batch and keep its norms; those of `p.grad`, and whether it is finite."""
         grads = grads_of(groups)
-        norms = self._squared_norms(grads)
-        finite = self._judge(norms, grads, closes)
-        self.pass_over(samples, weight)
-        self._finite[-1] = finite
-        self._norms += [norms] if local_norms is None else local_norms.unbind()
-        return norms
+        norms = self._tally.norms_of(grads)
+        finite = not self._judges or self._judge(norms, grads, closes)
+        self._count(samples, weight, finite)
+        own = [norms] if local_norms is None else self._tally.read(local_norms)
+        self._tally.add_norms(own)
+        return norms, finite
 
-    def _judge(self, norms: Tensor, grads: Groups, closes: bool) -> Tensor | bool:
+    def _count(self, samples: float, weight: float, finite: Tensor | bool = True) -> None:
+        self._tally.count(samples, weight, finite)
+        if len(self) == 1 and not (self._of_sums or self.alone):
+            self._tally.unit = weight  # not where weights are to be summed over ranks
+
+    def _judge(self, norms: Any, grads: Groups, closes: bool) -> Tensor | bool:
         """Whether the micro-batch is finite: a bool on the CPU, elsewhere known to the device only.
 
         There what is not finite is zeroed instead, so that it adds nothing to the sum; alone in
-        its window it is left to the kernel's `found_inf`. Where each rank holds but a part, one
-        cannot tell for the others: their window is judged as a whole.
+        its window it is left to the kernel's `found_inf`.
         """
-        if self._share is not None:
-            return True
-        if not self._skip_nonfinite:
-            return True
-        if self._device.type == "cpu":
-            return math.isfinite(sum(norms.tolist()))
-        finite = norms.sum().isfinite()
-        if len(self) > 0 or not closes:
+        finite = self._tally.is_finite(norms)
+        if isinstance(finite, Tensor) and (len(self) > 0 or not closes):
             lost = ~finite
             for grad in (grad for group in grads for grad in group):
                 grad.masked_fill_(lost.to(grad.device), 0)
@@ -212,48 +202,8 @@ class GradientWindow:
     @property
     def _newest_factor(self) -> float:
         """What the newest gradient is multiplied by in the sum."""
-        return 1.0 if self._of_sums else self._weights[-1] / self._unit
-
-    @property
-    def _unit(self) -> float:
-        """What weights are divided by; where they are to be summed over ranks, nothing."""
-        return 1.0 if self._of_sums or self.alone else self._weights[0]
-
-    def _squared_norms(self, grads: Groups) -> Tensor:
-        return squared_norms(grads, self._device, self._share)
+        return 1.0 if self._of_sums else self._tally.newest_weight
 
     def _measured_sum(self, groups: Groups) -> Measured:
-        return self._measured(self._squared_norms(grads_of(groups)), of_sum=not self._of_sums)
-
-    def _measured(self, big: Tensor, of_sum: bool = False) -> Measured:
-        """The window with the squared norm of its mean, or of the sum that is to become that."""
-        samples, weights = self._counts()
-        scale = None
-        if of_sum:
-            total = weights.sum()
-            big, scale = big / total.square(), 1 / total
-        small = torch.stack(self._norms) if self._norms else big.new_zeros(0, len(big))
-        if self._of_sums:
-            small = small / self._each(self._weights).square()[:, None]
-        return Measured(small, big, samples, weights, scale)
-
-    def _counts(self) -> tuple[Tensor, Tensor]:
-        """n_i, and w_i with 0 for what was left out; made on the device, without a copy."""
-        samples = self._each(self._samples)
-        weights = self._each([weight / self._unit for weight in self._weights])
-        if all(flag is True for flag in self._finite):
-            return samples, weights
-        return samples, weights * self._each(self._finite)
-
-    def _each(self, values: Sequence[Tensor | float]) -> Tensor:
-        """One value of each micro-batch; shape (K,)."""
-        first = values[0] if values else 0.0
-        if not isinstance(first, Tensor) and values.count(first) == len(values):
-            return self._full(len(values), first)
-        return torch.cat([self._full(1, value) for value in values])
-
-    def _full(self, number: int, value: Tensor | float) -> Tensor:
-        dtype = sum_dtype(self._device)
-        if isinstance(value, Tensor):
-            return value.to(dtype).expand(number)
-        return torch.full((number,), value, dtype=dtype, device=self._device)
+        big = self._tally.norms_of(grads_of(groups))
+        return self._tally.measured(big, of_sum=not self._of_sums)

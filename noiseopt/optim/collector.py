@@ -21,8 +21,10 @@ from noiseopt.capture import (
     GradientWindow,
     LocalNorms,
     Measured,
+    as_tensor,
     big_columns,
     device_of,
+    norm_of_mean,
     settled,
 )
 from noiseopt.control import NoiseConfig
@@ -295,14 +297,15 @@ class GradientCollector:
         steps, self._has_averaged = len(self._window), True
         takes_sums = self._of_sums or self._share is not None
         row = self._adaptation.agree(measured, at_once=takes_sums)
-        scale = measured.scale
+        if not takes_sums:
+            return Ended(row, measured.norm, measured.scale, steps)
+        row, scale = as_tensor(row), measured.scale
         if self._of_sums:
             scale = self._ranks.data / row[WEIGHT]
             big_columns(row).mul_(scale.square())
-        norm = big_columns(row) if takes_sums else measured.big_norms
-        return Ended(row, norm.sum().sqrt(), scale, steps)
+        return Ended(row, norm_of_mean(row), scale, steps)
 
     def _reduce(self, groups: Groups, flushing: bool) -> tuple[Ended, bool]:
         row, done = reduce_window(self._window, groups, self._adaptation, flushing)
         steps = math.ceil(row[STEPS].item() / self._ranks.data)
-        return Ended(row, big_columns(row).sum().sqrt(), None, steps), done
+        return Ended(row, norm_of_mean(row), None, steps), done

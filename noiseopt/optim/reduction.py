@@ -16,9 +16,11 @@ from noiseopt.adaptation import Adaptation
 from noiseopt.capture import (
     WEIGHT,
     GradientWindow,
+    as_tensor,
     big_columns,
     scale_all,
     squared_norms,
+    sum_dtype,
     unsharded_leaves,
     wide_type,
 )
@@ -47,8 +49,8 @@ def reduce_window(
     measured, sums = window.hand_out(groups)
     sparse = sum(total.layout != torch.strided for total in sums.values())
     flags = [*(param in sums for param in params), flushing, sparse]
-    told = measured.big_norms.new_tensor(flags)
-    row = adaptation.agree(measured, told)
+    told = torch.tensor(flags, dtype=sum_dtype(window.device), device=window.device)
+    row = as_tensor(adaptation.agree(measured, told))
     *ranks_with, done, sparse = told.tolist()
     if sparse:
         raise RuntimeError(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class AppliesMeans(SavesNoise):
         ]
         if isinstance(factor, float) and factor == 1:
             factor = None
-        with overridden(groups, values):
+        with overridden(groups, values) if any(values) else nullcontext():
             if factor is not None and not self._scales_in_kernel:
                 scale_all(self._all_grads(), factor)
                 factor = None
@@ -96,9 +97,9 @@ class AppliesMeans(SavesNoise):
         return self._all_fused and all(p.grad is None for p in params)
 
 
-def _read(value: Tensor) -> Tensor | float:
+def _read(value: Tensor | float) -> Tensor | float:
     """A plain number, which takes less arithmetic, where reading it waits for nothing."""
-    return value.item() if value.is_cpu else value
+    return value.item() if isinstance(value, Tensor) and value.is_cpu else value
 
 
 def _coefficient(norm: Tensor | float, max_norm: float) -> Tensor | float:

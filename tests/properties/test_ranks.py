@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from noiseopt.capture import Measured, read_rows
+from noiseopt.capture import Measured, as_tensor, read_rows
+from noiseopt.capture.row import _device_row, _host_row
 from noiseopt.control import Controller, NoiseConfig, Window, sqrt_gain
 from noiseopt.estimate import WindowNorms
 
@@ -43,7 +44,7 @@ def test_rows_add_up_over_ranks_to_the_row_of_one_process(drawn):
     for rank in range(ranks):
         mine = torch.tensor([to == rank for to in dealt], dtype=torch.bool)
         parts.append(row(small[mine], samples[mine], weights[mine]))
-    (summed,) = read_rows([sum(parts)], ranks)
+    (summed,) = read_rows([sum(map(as_tensor, parts))], ranks)
     assert (summed.norms is None) == (whole.norms is None)
     if whole.norms is not None:
         assert summed.norms.count == whole.norms.count
@@ -58,11 +59,10 @@ def test_rows_add_up_over_ranks_to_the_row_of_one_process(drawn):
 @given(micro_batches())
 def test_a_row_of_plain_numbers_is_the_one_made_on_a_device(drawn):
     small, samples, weights, *_ = drawn
-    measured = Measured(small, torch.ones(GROUPS).double(), samples, weights, None)
+    columns = small, torch.ones(GROUPS).double(), samples, weights
     losses = [torch.tensor(0.5), torch.tensor(2.0)]
-    torch.testing.assert_close(
-        measured._plain_row(losses), measured._device_row(losses), rtol=1e-14, atol=0
-    )
+    found = as_tensor(_host_row(*columns, losses))
+    torch.testing.assert_close(found, _device_row(*columns, losses), rtol=1e-14, atol=0)
 
 
 def test_a_window_that_was_not_applied_used_nothing():
