@@ -3,12 +3,15 @@
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from noiseopt.capture.sharding import Share, local
 
+# Getters for map(): over many small gradients a loop of Python's takes as long as their norms.
+_dtype, _layout, _is_cpu = map(attrgetter, ("dtype", "layout", "is_cpu"))
 _EXACT = (torch.float32, torch.float64)
 _PIECE = 2**17
 _FEW = 2**16  # whose squares, summed in fp32, are right to 1e-5; if all are alike, to 1e-4
@@ -33,16 +36,16 @@ def squared_norms(
     """
     if share is not None:
         return torch.stack([_shared_norm(grads, device, share) for grads in groups])
-    held = [list(map(local, grads)) for grads in groups]
-    if device.type == "cpu" and all(grad.is_cpu for grads in held for grad in grads):
+    held = list(map(_local, groups))
+    if device.type == "cpu" and all(all(map(_is_cpu, grads)) for grads in held):
         return torch.tensor(plain_norms(held), dtype=sum_dtype(device), device=device)
     return torch.stack([_squared_norm(grads, device) for grads in held])
 
 
 def plain_norms(groups: Sequence[Sequence[Tensor]]) -> list[float]:
     """The same as plain numbers, which waits for whatever device the gradients are on."""
-    held = [list(map(local, grads)) for grads in groups]
-    if all(grad.is_cpu for grads in held for grad in grads):
+    held = list(map(_local, groups))
+    if all(all(map(_is_cpu, grads)) for grads in held):
         return [_sum_cpu(grads) for grads in held]
     return [_squared_norm(grads, torch.device("cpu")).item() for grads in held]
 
@@ -84,6 +87,10 @@ def sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def _local(grads: Sequence[Tensor]) -> Sequence[Tensor]:
+    return grads if {*map(type, grads)} <= {Tensor} else list(map(local, grads))
+
+
 def _shared_norm(grads: Sequence[Tensor], device: torch.device, share: Share) -> Tensor:
     by_share: dict[float, list[Tensor]] = defaultdict(list)
     for grad in grads:
@@ -113,12 +120,13 @@ def _plain(grad: Tensor) -> Tensor:
 
 def _sum_cpu(grads: Sequence[Tensor]) -> float:
     """|g|^2 of all together, as plain numbers: reading them takes less than stacking them."""
-    few: list[Tensor] = []
-    many: list[Tensor] = []
-    for grad in grads:
-        exact = grad.dtype is torch.float32 and grad.layout is torch.strided
-        (few if exact and grad.numel() <= _FEW else many).append(grad)
+    if not {*map(_dtype, grads)} <= {torch.float32} or not {*map(_layout, grads)} <= {
+        torch.strided
+    }:
+        return sum(_square_cpu(grad).item() for grad in grads)
     # One call for all is what counts where each is small; its sums of many squares are inexact.
+    few = [grad for grad in grads if grad.numel() <= _FEW]
+    many = [grad for grad in grads if grad.numel() > _FEW] if len(few) < len(grads) else []
     norms = [norm.item() for norm in torch._foreach_norm(few)] if few else []
     return sum(norm * norm for norm in norms) + sum(_square_cpu(grad).item() for grad in many)
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -93,8 +94,9 @@ class AppliesMeans(SavesNoise):
     @property
     def _scales_in_kernel(self) -> bool:
         """Whether the fused kernels may scale the gradient: they take the scale in fp32 only."""
-        params = (p for group in self._all_params() for p in group if p.dtype == torch.float64)
-        return self._all_fused and all(p.grad is None for p in params)
+        return self._all_fused and all(
+            torch.float64 not in map(attrgetter("dtype"), params) for params in self._all_params()
+        )
 
 
 def _read(value: Tensor | float) -> Tensor | float:
