@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from noiseopt.agreement import Agreement, starting_facts
-from noiseopt.capture import APPLIED, SECONDS, Measured, Row, as_tensor, read_rows, read_seconds
+from noiseopt.capture import APPLIED, SECONDS, Measured, Row, read_rows, read_seconds
 from noiseopt.clock import Clock
 from noiseopt.control import (
     RATE_RULES,
@@ -235,12 +235,10 @@ class Adaptation:
         row = measured.row(self._losses.take())
         if self._clock and self._clock.untold:
             row[SECONDS] = self._clock.tell()
-        if self.ranks.all == 1:
-            return row
-        summed = as_tensor(row)
-        self._agreement.set_settings(self.settings())
-        self._agreement.sum_(summed, self.num_groups, extra, self.open_window, at_once)
-        return summed
+        if self.ranks.all > 1:
+            self._agreement.set_settings(self.settings())
+            self._agreement.sum_(row, self.num_groups, extra, self.open_window, at_once)
+        return row
 
     def close_window(self, row: Row, lr: Callable[[], float]) -> None:
         """Queue a window; decide if a decision is due.

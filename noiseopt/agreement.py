@@ -10,18 +10,21 @@ import math
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from noiseopt.capture import ENDED, big_columns, device_of, squared_norms
+from noiseopt.capture import ENDED, Row, device_of, squared_norms
 from noiseopt.distributed import DIGESTS, Ranks, ddp_around, digest, refuse_join, spread
 
 TOLERANCE = 1e-12  # of the relative variance of the mean gradient's squared norm
 SAME = 1e-14  # what rounding leaves of the relative variance of equal numbers
 WINDOWS_TO_BE_SURE = 3
 WINDOWS_AT_ONCE = 20  # of a run's first; mistakes in a loop show there
+CHECKS = 4  # numbers that show whether ranks go together
+CPU = torch.device("cpu")
 
 logger = logging.getLogger("noiseopt")
 
@@ -45,7 +48,7 @@ class Agreement:
         self._settings: Mapping[str, object] = {}
         self._digest = 0
         self._random: int | None = None
-        self._sums: list[Tensor] = []
+        self._sums: list[Row] = []
         self._windows = 0
         self._end: Callable[[], None] | None = None
         self._with_same_data = 0
@@ -100,7 +103,7 @@ class Agreement:
         self._settings = settings
 
     def sum_(
-        self, row: Tensor, num_groups: int, extra: Tensor | None, what: str, at_once: bool
+        self, row: Row, num_groups: int, extra: Tensor | None, what: str, at_once: bool
     ) -> None:
         """Sum a row over the ranks, in place.
 
@@ -122,50 +125,54 @@ class Agreement:
         """
         for module in self._ddp or ():
             refuse_join(module)
-        mean = big_columns(row)
-        if not self.ranks.sharded:
-            mean /= self.ranks.all
-        of_all = torch.zeros_like(row[0]) if self.ranks.sharded else mean.sum()
-        extra = row.new_empty(0) if extra is None else extra
         with self._telling_errors():
             self._finish()
-            numbers = self._with_checks(row, row[:num_groups].sum(), of_all, extra)
+            numbers = self._with_checks(row, num_groups, extra)
             end_sum = self.ranks.begin_sum_(numbers, what)
 
         def end() -> None:
             end_sum()
-            summed, sums, rest = numbers.tensor_split((len(row), len(numbers) - len(extra)))
-            row[:ENDED].copy_(summed[:ENDED])
-            row[2 * num_groups : ENDED] /= self.ranks.model  # counts: of these no rank has a part
-            extra.copy_(rest)
-            self._sums.append(sums)
+            if extra is not None:
+                extra.copy_(numbers[-len(extra) :])
+            summed: Any = numbers.tolist() if isinstance(row, list) else numbers
+            row[:ENDED] = summed[: len(row) + ENDED]
+            if self.ranks.model > 1:  # of counts no rank has a part
+                _divide(row, slice(2 * num_groups, ENDED), self.ranks.model)
+            self._sums.append(summed[len(row) : len(row) + 2 * CHECKS])
 
         self._end, self._windows = end, self._windows + 1
         if at_once or self._windows <= WINDOWS_AT_ONCE:
             with self._telling_errors():
                 self._finish()
 
-    def _with_checks(self, row: Tensor, local: Tensor, mean: Tensor, extra: Tensor) -> Tensor:
-        """What is summed: the row, the numbers that show whether ranks go together, and more.
+    def _with_checks(self, row: Row, num_groups: int, extra: Tensor | None) -> Tensor:
+        """What is summed: the row, what shows whether ranks go together, its squares, and more.
 
-        Args:
-            row: a window's.
-            local: the squared norm of this rank's own gradients, 0-d.
-            mean: that of the mean gradient, 0-d, which must be the same on all ranks.
-            extra: further numbers.
+        That are the squared norm of this rank's own gradients; that of the mean gradient, which
+        must be the same on all ranks; a digest of the decision state; one of the random state.
         """
-        now = _random_state(row.device)
+        own, mean = slice(num_groups), slice(num_groups, 2 * num_groups)
+        if not self.ranks.sharded:
+            _divide(row, mean, self.ranks.all)
+        now = _random_state(row.device if isinstance(row, Tensor) else CPU)
         drawn, self._random = now if self._random not in (None, now) else 0, now
         state = digest((self._digest, self._settings))
-        told = torch.stack([_like(number, row) for number in (local, mean, state, drawn)])
-        return torch.cat([row, told, told.square(), extra])
+        if isinstance(row, Tensor):
+            of_all = torch.zeros_like(row[0]) if self.ranks.sharded else row[mean].sum()
+            digests = row.new_full((), state), row.new_full((), drawn)  # which wait for nothing
+            told = torch.stack([row[own].sum(), of_all, *digests])
+            return torch.cat([row, told, told.square(), *([] if extra is None else [extra])])
+        plain = (sum(row[own]), 0.0 if self.ranks.sharded else sum(row[mean]), state, drawn)
+        squares = (number * number for number in plain)
+        rest = [] if extra is None else extra.tolist()
+        return torch.tensor([*row, *plain, *squares, *rest], dtype=torch.float64, device=CPU)
 
     def _finish(self, together: bool = True) -> None:
         """End the sum that was begun last, and read it where that waits for nothing else."""
         end, self._end = self._end, None
         if end is not None:
             end()
-            if self._sums[-1].is_cpu:
+            if isinstance(self._sums[-1], list):
                 self._read(together)
 
     def check(self, together: bool) -> None:
@@ -183,9 +190,10 @@ class Agreement:
 
     def _read(self, together: bool) -> None:
         read, self._sums = self._sums, []
-        for sums in torch.stack(read).tolist() if read else []:
-            half = len(sums) // 2
-            pairs = zip(sums[:half], sums[half:], strict=True)
+        on_device = any(isinstance(sums, Tensor) for sums in read)
+        lists: Any = torch.stack([*map(torch.as_tensor, read)]).tolist() if on_device else read
+        for sums in lists:
+            pairs = zip(sums[:CHECKS], sums[CHECKS:], strict=True)
             local, mean, state, drawn = (spread(a, b, self.ranks.all) for a, b in pairs)
             if mean > TOLERANCE:
                 raise RuntimeError(
@@ -248,5 +256,8 @@ def _random_state(device: torch.device) -> int:
     return zlib.crc32(state.numpy().tobytes()) % DIGESTS
 
 
-def _like(number: Tensor | float, other: Tensor) -> Tensor:
-    return number if isinstance(number, Tensor) else other.new_full((), number)
+def _divide(row: Row, where: slice, by: int) -> None:
+    if isinstance(row, Tensor):
+        row[where] /= by
+    else:
+        row[where] = [number / by for number in row[where]]
