@@ -60,6 +60,8 @@ def begun_norm(grad: Tensor) -> Tensor:
 
 def joined_norm(begun: Sequence[Tensor], device: torch.device) -> Tensor:
     """|g|^2 of all gradients together whose norms were begun, 0-d. Nothing waits for it."""
+    if device.type == "cpu" and all(map(_is_cpu, begun)):
+        return torch.tensor(sum(norm.item() for norm in begun), dtype=torch.float64, device=device)
     total = torch.zeros((), dtype=sum_dtype(device), device=device)
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for norm in begun:
