@@ -135,11 +135,11 @@ class _HostTally(Tally):
     def measured(self, big: Sequence[float], of_sum: bool = False) -> Measured:
         weights, small, scale = self._used(), self._norms, None
         if of_sum:
-            scale, total_sq = self.scale(), sum(weights) ** 2 or math.nan
-            big = [norm / total_sq for norm in big]
+            scale = self.scale()
+            big = [norm * scale * scale for norm in big]
         if self._of_sums:
             pairs = zip(small, self._weights, strict=True)
-            small = [[norm / weight**2 for norm in norms] for norms, weight in pairs]
+            small = [[norm / weight / weight for norm in norms] for norms, weight in pairs]
         return Measured(small, big, self._samples, weights, scale)
 
     def _used(self) -> list[float]:
