@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from noiseopt.capture import ENDED, Row, device_of, squared_norms
+from noiseopt.capture import ENDED, Row, as_tensor, device_of, squared_norms
 from noiseopt.distributed import DIGESTS, Ranks, ddp_around, digest, refuse_join, spread
 
 TOLERANCE = 1e-12  # of the relative variance of the mean gradient's squared norm
@@ -125,6 +125,8 @@ class Agreement:
         """
         for module in self._ddp or ():
             refuse_join(module)
+        if not self.ranks.sharded:
+            _divide(row, slice(num_groups, 2 * num_groups), self.ranks.all)
         with self._telling_errors():
             self._finish()
             numbers = self._with_checks(row, num_groups, extra)
@@ -133,7 +135,7 @@ class Agreement:
         def end() -> None:
             end_sum()
             if extra is not None:
-                extra.copy_(numbers[-len(extra) :])
+                extra.copy_(numbers[len(row) + 2 * CHECKS :])
             summed: Any = numbers.tolist() if isinstance(row, list) else numbers
             row[:ENDED] = summed[: len(row) + ENDED]
             if self.ranks.model > 1:  # of counts no rank has a part
@@ -148,12 +150,10 @@ class Agreement:
     def _with_checks(self, row: Row, num_groups: int, extra: Tensor | None) -> Tensor:
         """What is summed: the row, what shows whether ranks go together, its squares, and more.
 
-        That are the squared norm of this rank's own gradients; that of the mean gradient, which
-        must be the same on all ranks; a digest of the decision state; one of the random state.
+        Four numbers show it: the squared norm of this rank's own gradients; that of the mean
+        gradient, which must be the same; a digest of the decision state; one of the random state.
         """
         own, mean = slice(num_groups), slice(num_groups, 2 * num_groups)
-        if not self.ranks.sharded:
-            _divide(row, mean, self.ranks.all)
         now = _random_state(row.device if isinstance(row, Tensor) else CPU)
         drawn, self._random = now if self._random not in (None, now) else 0, now
         state = digest((self._digest, self._settings))
@@ -191,7 +191,7 @@ class Agreement:
     def _read(self, together: bool) -> None:
         read, self._sums = self._sums, []
         on_device = any(isinstance(sums, Tensor) for sums in read)
-        lists: Any = torch.stack([*map(torch.as_tensor, read)]).tolist() if on_device else read
+        lists: Any = torch.stack([*map(as_tensor, read)]).tolist() if on_device else read
         for sums in lists:
             pairs = zip(sums[:CHECKS], sums[CHECKS:], strict=True)
             local, mean, state, drawn = (spread(a, b, self.ranks.all) for a, b in pairs)

@@ -119,7 +119,7 @@ def watch(path: Path, seconds: float = 1.0, once: bool = False) -> None:
     """Show a run until it is interrupted.
 
     Args:
-        path: its record, which need not be there yet.
+        path: its record. In a terminal it need not be there yet.
         seconds: the time between two looks.
         once: show what is known by now, and return; so too where the output is no terminal.
 

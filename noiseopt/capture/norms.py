@@ -38,7 +38,7 @@ def squared_norms(
         return torch.stack([_shared_norm(grads, device, share) for grads in groups])
     held = list(map(_local, groups))
     if device.type == "cpu" and all(all(map(_is_cpu, grads)) for grads in held):
-        return torch.tensor(plain_norms(held), dtype=sum_dtype(device), device=device)
+        return torch.tensor([*map(_sum_cpu, held)], dtype=torch.float64, device=device)
     return torch.stack([_squared_norm(grads, device) for grads in held])
 
 
@@ -46,7 +46,7 @@ def plain_norms(groups: Sequence[Sequence[Tensor]]) -> list[float]:
     """The same as plain numbers, which waits for whatever device the gradients are on."""
     held = list(map(_local, groups))
     if all(all(map(_is_cpu, grads)) for grads in held):
-        return [_sum_cpu(grads) for grads in held]
+        return [*map(_sum_cpu, held)]
     return [_squared_norm(grads, torch.device("cpu")).item() for grads in held]
 
 
@@ -122,15 +122,17 @@ def _plain(grad: Tensor) -> Tensor:
 
 def _sum_cpu(grads: Sequence[Tensor]) -> float:
     """|g|^2 of all together, as plain numbers: reading them takes less than stacking them."""
-    if not {*map(_dtype, grads)} <= {torch.float32} or not {*map(_layout, grads)} <= {
-        torch.strided
-    }:
-        return sum(_square_cpu(grad).item() for grad in grads)
+    few = grads
+    if not {*map(_dtype, grads), *map(_layout, grads)} <= {torch.float32, torch.strided}:
+        few = [g for g in few if g.dtype is torch.float32 and g.layout is torch.strided]
     # One call for all is what counts where each is small; its sums of many squares are inexact.
-    few = [grad for grad in grads if grad.numel() <= _FEW]
-    many = [grad for grad in grads if grad.numel() > _FEW] if len(few) < len(grads) else []
+    few = [grad for grad in few if grad.numel() <= _FEW]
     norms = [norm.item() for norm in torch._foreach_norm(few)] if few else []
-    return sum(norm * norm for norm in norms) + sum(_square_cpu(grad).item() for grad in many)
+    total = sum((norm * norm for norm in norms), 0.0)
+    if len(few) == len(grads):
+        return total
+    among_few = {*map(id, few)}
+    return total + sum(_square_cpu(grad).item() for grad in grads if id(grad) not in among_few)
 
 
 def _square_cpu(grad: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One window as one row of numbers on the device, and back to plain Python at a decision.
+"""One window as one row of numbers, on the device or on the host, and as a `Window` at a decision.
 
 A row can be summed over ranks: its columns are sums over micro-batches, and the weights w_i are
 divided by their own sum only when it is read. Columns: sum of w_i |g_i|^2 for each group,
@@ -93,7 +93,7 @@ def _host_row(
     small: Table, big: Column, samples: Column, weights: Column, losses: Sequence[Tensor]
 ) -> list[float]:
     """The same where reading waits for nothing: made as plain numbers, it takes less time."""
-    each = list(zip(*map(_plain, (weights, samples, small)), strict=True))
+    each = list(zip(*map(_listed, (weights, samples, small)), strict=True))
     used = [(weight, number, norms) for weight, number, norms in each if weight > 0]
     groups = range(len(big))
     small = [sum(weight * norms[group] for weight, _, norms in used) for group in groups]
@@ -107,10 +107,10 @@ def _host_row(
         len(each) - len(used),
     )
     ended = (sum(map(float, losses)), len(losses), 0, 1, 0)
-    return [*small, *_plain(big), *tail, *ended]
+    return [*map(float, (*small, *_listed(big), *tail, *ended))]
 
 
-def _plain(column: Any) -> Any:
+def _listed(column: Any) -> Any:
     return column.tolist() if isinstance(column, Tensor) else column
 
 
@@ -128,9 +128,10 @@ def as_tensor(row: Row) -> Tensor:
 def end_row(row: Row, applied: Tensor | bool, clipped: Tensor | bool) -> None:
     """Write into a row how its window ended. Nothing waits for it."""
     columns: Any = row
-    for column, value, is_there in ((APPLIED, applied, True), (CLIPPED, clipped, False)):
-        if value is not is_there:
-            columns[column] = value if isinstance(row, Tensor) else float(value)
+    if applied is not True:
+        columns[APPLIED] = applied if isinstance(row, Tensor) else float(applied)
+    if clipped is not False:
+        columns[CLIPPED] = clipped if isinstance(row, Tensor) else float(clipped)
 
 
 def norm_of_mean(row: Row) -> Tensor | float:
@@ -152,7 +153,7 @@ def _like(value: Tensor | float, other: Tensor) -> Tensor:
 
 
 def read_rows(rows: Sequence[Row], ranks: int) -> list[Window]:
-    """Bring rows to the host in one transfer. This waits for the device.
+    """Bring rows to the host, from a device in one transfer. This waits for it.
 
     Args:
         rows: summed over the ranks.

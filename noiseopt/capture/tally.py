@@ -23,20 +23,18 @@ class Tally(ABC):
     """The numbers of a window of gradients that pass one at a time.
 
     Args:
-        sums: whether gradients come as sums of weight w_i, and not as means to be weighted so.
+        grads_are_sums: whether gradients come as sums of weight w_i, and not as means to be
+            weighted so.
         share: how this rank's part of a gradient counts in the sum over ranks, if it is a part.
-
-    Attributes:
-        unit: what the weights are divided by.
     """
 
-    def __init__(self, sums: bool, share: Share | None) -> None:
-        self._of_sums, self._share = sums, share
+    def __init__(self, grads_are_sums: bool, share: Share | None) -> None:
+        self._grads_are_sums, self._share = grads_are_sums, share
         self.clear()
 
     def clear(self) -> None:
         """Start the next window."""
-        self.unit = 1.0
+        self._unit = 1.0
         self._norms: list[Any] = []
         self._samples: list[float] = []
         self._weights: list[float] = []
@@ -53,8 +51,12 @@ class Tally(ABC):
 
     @property
     def newest_weight(self) -> float:
-        """The newest micro-batch's weight, as `unit` has it."""
-        return self._weights[-1] / self.unit
+        """The newest micro-batch's weight in the sum."""
+        return self._weights[-1] / self._unit
+
+    def weigh_by(self, unit: float) -> None:
+        """Divide all weights by this, so that sums stay in the range of the gradients."""
+        self._unit = unit
 
     def count(self, samples: float, weight: float, finite: Tensor | bool = True) -> None:
         """Count a micro-batch, whose norms may be still to come.
@@ -97,12 +99,12 @@ class Tally(ABC):
         """The squared norms of a mean; nan where nothing was summed."""
 
     @abstractmethod
-    def measured(self, big: Any, of_sum: bool = False) -> Measured:
+    def measured(self, big: Any, big_is_of_sum: bool = False) -> Measured:
         """The whole window.
 
         Args:
             big: the squared norms of its mean, or of the sum that is to become that.
-            of_sum: whether it is the sum.
+            big_is_of_sum: whether they are the sum's.
         """
 
 
@@ -132,12 +134,12 @@ class _HostTally(Tally):
     def unless_empty(self, big: Sequence[float]) -> Sequence[float]:
         return big if any(self._used()) else [math.nan] * len(big)
 
-    def measured(self, big: Sequence[float], of_sum: bool = False) -> Measured:
+    def measured(self, big: Sequence[float], big_is_of_sum: bool = False) -> Measured:
         weights, small, scale = self._used(), self._norms, None
-        if of_sum:
+        if big_is_of_sum:
             scale = self.scale()
             big = [norm * scale * scale for norm in big]
-        if self._of_sums:
+        if self._grads_are_sums:
             pairs = zip(small, self._weights, strict=True)
             small = [[norm / weight / weight for norm in norms] for norms, weight in pairs]
         return Measured(small, big, self._samples, weights, scale)
@@ -145,14 +147,14 @@ class _HostTally(Tally):
     def _used(self) -> list[float]:
         """w_i, with 0 for what was left out."""
         pairs = zip(self._weights, self._finite, strict=True)
-        return [weight / self.unit if finite else 0.0 for weight, finite in pairs]
+        return [weight / self._unit if finite else 0.0 for weight, finite in pairs]
 
 
 class _DeviceTally(Tally):
     """Tensors on a device."""
 
-    def __init__(self, sums: bool, share: Share | None, device: torch.device) -> None:
-        super().__init__(sums, share)
+    def __init__(self, grads_are_sums: bool, share: Share | None, device: torch.device) -> None:
+        super().__init__(grads_are_sums, share)
         self._device = device
 
     def norms_of(self, grads: Groups) -> Tensor:
@@ -173,19 +175,19 @@ class _DeviceTally(Tally):
     def unless_empty(self, big: Tensor) -> Tensor:
         return big + 0 / self._used().sum()
 
-    def measured(self, big: Tensor, of_sum: bool = False) -> Measured:
+    def measured(self, big: Tensor, big_is_of_sum: bool = False) -> Measured:
         weights, scale = self._used(), None
-        if of_sum:
+        if big_is_of_sum:
             total = weights.sum()
             big, scale = big / total.square(), 1 / total
         small = torch.stack(self._norms) if self._norms else big.new_zeros(0, len(big))
-        if self._of_sums:
+        if self._grads_are_sums:
             small = small / self._each(self._weights).square()[:, None]
         return Measured(small, big, self._each(self._samples), weights, scale)
 
     def _used(self) -> Tensor:
         """w_i, with 0 for what was left out; made on the device, without a copy."""
-        weights = self._each([weight / self.unit for weight in self._weights])
+        weights = self._each([weight / self._unit for weight in self._weights])
         if all(finite is True for finite in self._finite):
             return weights
         return weights * self._each(self._finite)
@@ -204,7 +206,8 @@ class _DeviceTally(Tally):
         return torch.full((number,), value, dtype=dtype, device=self._device)
 
 
-def tally_on(device: torch.device, sums: bool, share: Share | None) -> Tally:
+def tally_on(device: torch.device, grads_are_sums: bool, share: Share | None) -> Tally:
     """An empty window's, for gradients on a device."""
-    on_host = device.type == "cpu"
-    return _HostTally(sums, share) if on_host else _DeviceTally(sums, share, device)
+    if device.type == "cpu":
+        return _HostTally(grads_are_sums, share)
+    return _DeviceTally(grads_are_sums, share, device)

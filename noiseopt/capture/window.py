@@ -182,9 +182,9 @@ class GradientWindow:
         return norms, finite
 
     def _count(self, samples: float, weight: float, finite: Tensor | bool = True) -> None:
+        if len(self) == 0 and not (self._of_sums or self.alone):
+            self._tally.weigh_by(weight)  # not where weights are to be summed over ranks
         self._tally.count(samples, weight, finite)
-        if len(self) == 1 and not (self._of_sums or self.alone):
-            self._tally.unit = weight  # not where weights are to be summed over ranks
 
     def _judge(self, norms: Any, grads: Groups, closes: bool) -> Tensor | bool:
         """Whether the micro-batch is finite: a bool on the CPU, elsewhere known to the device only.
@@ -206,4 +206,4 @@ class GradientWindow:
 
     def _measured_sum(self, groups: Groups) -> Measured:
         big = self._tally.norms_of(grads_of(groups))
-        return self._tally.measured(big, of_sum=not self._of_sums)
+        return self._tally.measured(big, big_is_of_sum=not self._of_sums)

@@ -93,10 +93,12 @@ class AppliesMeans(SavesNoise):
 
     @property
     def _scales_in_kernel(self) -> bool:
-        """Whether the fused kernels may scale the gradient: they take the scale in fp32 only."""
-        return self._all_fused and all(
-            torch.float64 not in map(attrgetter("dtype"), params) for params in self._all_params()
-        )
+        """Whether the fused kernels may scale the gradients: they take the scale in fp32 only."""
+        params = [param for group in self._all_params() for param in group]
+        if torch.float64 not in map(attrgetter("dtype"), params):
+            return self._all_fused
+        doubles = [param for param in params if param.dtype == torch.float64]
+        return self._all_fused and all(param.grad is None for param in doubles)
 
 
 def _read(value: Tensor | float) -> Tensor | float:

@@ -25,10 +25,10 @@ def gradients(seed, number):
 
 
 def filled(tally, drawn, grads):
+    tally.weigh_by(drawn[0][1])
     for (samples, weight, finite), each in zip(drawn, grads, strict=True):
         tally.count(samples, weight, finite)
         tally.add_norms([tally.norms_of(each)])
-    tally.unit = drawn[0][1]
     return tally
 
 
@@ -66,11 +66,12 @@ def test_nothing_is_applied_of_a_window_in_which_nothing_was_finite(tally):
     filled(tally, [(1.0, 1.0, False)] * 2, gradients(0, 2))
     big = plain(tally.unless_empty(tally.norms_of([[], []])))
     assert all(map(math.isnan, big))
-    assert math.isnan(plain(tally.measured(tally.norms_of([[], []]), of_sum=True).norm))
+    assert math.isnan(plain(tally.measured(tally.norms_of([[], []]), big_is_of_sum=True).norm))
 
 
 @pytest.mark.parametrize("tally", [_HostTally(False, None), _DeviceTally(False, None, CPU)])
 def test_a_group_that_is_added_has_had_no_gradient(tally):
     filled(tally, [(1.0, 1.0, True)] * 2, gradients(0, 2))
     tally.add_group()
-    assert [norms[2] for norms in plain(tally.measured([0.0] * 3).small_norms)] == [0.0, 0.0]
+    measured = tally.measured(tally.norms_of([[], [], []]))
+    assert [norms[2] for norms in plain(measured.small_norms)] == [0.0, 0.0]
