@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from noiseopt import NoiseAwareAdam, NoiseAwareAdamW, NoiseAwareSGD, NoiseConfig
+from noiseopt.capture import window
+from noiseopt.capture.tally import _DeviceTally
 from noiseopt.optim import update
 from noiseopt.optim.hyper import EXCESSES, UPDATES
 from tests.optim.helpers import (
@@ -99,10 +101,34 @@ def test_clipping_is_the_same_where_norms_are_not_read(kernel, steps, monkeypatc
 
     model, decision = run()
     monkeypatch.setattr(update, "_read", lambda value: value)
+    monkeypatch.setattr(
+        window, "tally_on", lambda device, sums, share: _DeviceTally(sums, share, device)
+    )
     twin, same = run()
     assert 0 < decision.total_clipped == same.total_clipped < CALLS // steps
     assert decision.total_skipped == same.total_skipped == 1
     assert same_bits(params_of(model), params_of(twin))
+
+
+def test_a_double_without_a_gradient_leaves_the_clip_to_the_fused_kernel(monkeypatch):
+    """It takes its scale in fp32 only, so one with a gradient must be scaled before."""
+    calls = []
+    scale_all = update.scale_all
+    monkeypatch.setattr(update, "scale_all", lambda *args: (calls.append(args), scale_all(*args)))
+    model = build(torch.float32)
+    double = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    config = fixed(1, max_norm=0.01)
+    optimizer = NoiseAwareAdamW([*model.parameters(), double], fused=True, noise=config)
+    first, second = draw(2, dtype=torch.float32)
+    loss_of(model, first).backward()
+    optimizer.step()
+    assert not calls
+    optimizer.zero_grad()
+    (loss_of(model, second) + double.sum()).backward()
+    optimizer.step()
+    assert len(calls) == 1
+    norm = torch.nn.utils.get_total_norm([p.grad for p in (*model.parameters(), double)])
+    assert norm.item() == pytest.approx(0.01, rel=1e-5)
 
 
 def test_advise_does_not_clip():
