@@ -21,7 +21,6 @@ TAIL = 12
 WEIGHT, STEPS, SECONDS, APPLIED, CLIPPED = -12, -7, -3, -2, -1
 ENDED = APPLIED  # from there on, how the window ended
 
-
 Row = Tensor | list[float]  # plain numbers on the CPU
 Column = Tensor | Sequence[float]
 Table = Tensor | Sequence[Sequence[float]]
