@@ -10,13 +10,14 @@ from benchmarks import recording
 TINY = bench.SIZES["tiny"]
 CPU = torch.device("cpu")
 UPDATES = {"noiseopt, auto, clips", "noiseopt, auto, does not clip"}
+LEAST = {f"{bench.LEAST}, clips", f"{bench.LEAST}, does not clip"}
 OURS = {
-    ("update", "fused", 1): UPDATES | {"noiseopt, advise"},
+    ("update", "fused", 1): UPDATES | {"noiseopt, advise"} | LEAST,
     ("update", "foreach", 1): UPDATES,
     ("update", "for-loop", 1): UPDATES,
     ("update", "fused", 4): UPDATES | {"noiseopt, advise"},
     ("step", "fused", 1): {"noiseopt", bench.PROBING},
-    ("step", "fused", 4): {"noiseopt", "noiseopt, external"},
+    ("step", "fused", 4): {"noiseopt", "noiseopt, external", bench.LEAST},
 }
 
 
@@ -103,6 +104,31 @@ def test_the_gradient_that_torch_applies_is_the_sum_over_its_window():
     for _ in range(4):
         arm.run()
     assert params[0].grad.tolist() == [4.0, 4.0, 4.0]
+
+
+@pytest.mark.parametrize("max_norm", [0.1, 100.0], ids=["clips", "does not clip"])
+def test_the_kernels_alone_update_as_torch_does(max_norm):
+    found = []
+    for kind in (bench.TorchUpdate, bench.KernelsUpdate):
+        params = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.ones(2, 2))]
+        grads = [torch.tensor([1.0, -2.0, 3.0]), torch.full((2, 2), 0.5)]
+        for param in params:
+            param.grad = torch.empty_like(param)
+        arm = kind(params, grads, 1, clip=max_norm, fused=True)
+        for factor in (1.0, 0.25, 4.0):
+            arm.grads = [factor * grad for grad in grads]
+            arm.run()
+        found.append([*params, *(param.grad for param in params)])
+    for expected, value in zip(*found, strict=True):
+        torch.testing.assert_close(value, expected)
+
+
+def test_the_kernels_alone_train_as_torch_does():
+    arms = [kind(TINY, 1, 4, CPU) for kind in (bench.TorchStep, bench.KernelsStep)]
+    for _ in range(8):
+        for arm in arms:
+            arm.run()
+    torch.testing.assert_close(*([p.detach() for p in arm.params] for arm in arms))
 
 
 def test_sizes_are_what_their_names_say():
