@@ -16,7 +16,6 @@ from noiseopt.control import RATE_RULES, Controller
 Batch = tuple[Tensor, ...]
 
 DECISION_INTERVAL = 10  # updates, as in NoiseConfig: where ours can change its window
-PROBE_INTERVAL = 16  # updates; of every arm: a window of two among those of one
 FACTORS = (10.0, 100.0, 1000.0)  # of an outlier's loss, in turn
 WRONG_SHARE = 0.5  # of the labels, in a stretch of label noise
 FULL_LENGTH = 1120  # updates of the full plan
@@ -63,8 +62,8 @@ class Plan:
         return self.phases[-1][0]
 
     def windows(self) -> Iterator[int]:
-        """The length of every window, probes of two among those of one included."""
-        ours = Controller.create(NoiseConfig(probe_interval=PROBE_INTERVAL), RATE_RULES["adam"])
+        """The length of every window, our probes of two among those of one included."""
+        ours = Controller.create(NoiseConfig(), RATE_RULES["adam"])
         for update in range(self.updates):
             steps = self.steps(update)
             yield ours.window_steps(update) if steps == 1 else steps

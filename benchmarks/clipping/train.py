@@ -2,8 +2,7 @@
 
 Ours is the optimizer itself, in the loop of the README. What its controller would propose is
 replaced by the plan's windows, as if it had decided on them; its rates stay as they are, so that
-clipping is all in which it differs. Everything else is its own, but that probes come as often as
-`PROBE_INTERVAL` says, which was the default when it was measured.
+clipping is all in which it differs. Everything else is its own.
 """
 
 import math
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 from benchmarks.clipping.rules import RULES, Rule, norm_of
-from benchmarks.clipping.scenarios import PROBE_INTERVAL, Batch, Plan, Scenario
+from benchmarks.clipping.scenarios import Batch, Plan, Scenario
 from benchmarks.clipping.tasks import Task
 from noiseopt import NoiseAwareAdamW, NoiseConfig
 from noiseopt.control import Decision, controller
@@ -142,7 +141,7 @@ def config(**changes: Any) -> NoiseConfig:
     """The defaults with such changes, whose rates do not follow the windows of the plan."""
     rates = ("adapt_lr", "adapt_beta1", "adapt_beta2", "adapt_weight_decay")
     held = dict.fromkeys((*rates, "verify"), False)
-    return NoiseConfig(**held | {"probe_interval": PROBE_INTERVAL} | changes)
+    return NoiseConfig(**held | changes)
 
 
 @contextmanager

@@ -134,10 +134,10 @@ def test_published_settings_are_the_defaults():
 def test_the_batch_doubles_and_halves():
     windows = list(Plan().windows())
     assert len(windows) == Plan().updates == FULL_LENGTH
-    assert sum(windows) == Plan().micro_batches == 1928
+    assert sum(windows) == Plan().micro_batches == 1890
     changes = [new for old, new in pairwise(windows[320:]) if new != old]
     assert changes[:4] == [4, 2, 1, 2]  # the last is a probe
-    probes = [*range(4, 257, 4), *range(272, 321, 16)]  # the first 64 come four times as often
+    probes = [*range(8, 321, 8)]  # the first 64, which come four times as often
     assert [update + 1 for update in range(320) if windows[update] == 2] == probes
 
 
@@ -282,9 +282,14 @@ def test_left_out_updates_are_caught():
     assert set(bad) == {0.0}
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_the_full_plan_fits_into_the_data(task):
+    assert sum(1 for _ in TASKS[task].batches("tuning", 0)) >= Plan().micro_batches
+
+
 def test_the_data_must_suffice():
     short = replace(LINE, batches=lambda split, seed: iter([next(line_batches(split, seed))] * 5))
-    with pytest.raises(RuntimeError, match="data ends in update 5"):
+    with pytest.raises(RuntimeError, match="data ends in update 6"):
         train(short, "none", SCENARIOS["clean"], 0, "tuning", PLAN)
 
 
