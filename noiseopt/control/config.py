@@ -60,12 +60,14 @@ class NoiseConfig:
         grow_in_decay: grow as the schedule lowers the learning rate (Seesaw, Meterez et al. 2026).
         decay_noise_fraction: in decay, the noise fraction's lower bound that growth requires. Of
             the norm in which Adam steps, noise is a larger part than of the plain one.
-        shrink: halve the window when the batch lies far above both the noise scale's upper bound
-            and what pays; where the objective is time, far above what pays.
+        shrink: halve the window when the batch lies above both the noise scale's upper bound and
+            what pays; where the objective is time, above what pays. It takes a factor of sqrt(2),
+            and twice that where the window follows a falling learning rate.
         dwell_fraction: the least distance of growth by the noise, or of shrinking, from the last
             such change, as a share of the samples seen.
         dwell_updates: the same in updates, and before the first change too; the longer of the two
-            holds. Short runs lost by growing earlier (`benchmarks/convergence`).
+            holds. Windows that have grown may shrink without it. Short runs lost by growing
+            earlier (`benchmarks/convergence`).
         adapt_lr: couple the learning rate to the batch by the optimizer's own rule.
         max_lr_factor: the largest factor on the user's learning rate; its inverse is the smallest.
             If not given, what the optimizer's rule makes of four times the batch, 2 for Adam and 4

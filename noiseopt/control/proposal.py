@@ -1,8 +1,8 @@
 """Which window to use next, and why: the rules, in the order in which they speak.
 
 Revert what hurt. Hold while the noise is unknown or uncertain, a change is being verified, the
-learning rate rises, or a revert is recent. Halve the window when the batch lies far above the noise
-scale's upper bound, and above what pays by it. Double it while the batch stays below the one that
+learning rate rises, or a revert is recent. Halve the window when the batch lies above the noise
+scale's upper bound and above what pays by it, as after a change of the data. Double it while the batch stays below the one that
 pays: an update that costs r samples makes the most progress for its cost at B = sqrt(r B_noise),
 here with the lower bound (McCandlish et al., arXiv 1812.06162, appendix D). Where the user's
 schedule has lowered the rate by more than that, let the window follow it as long as enough of the
@@ -24,7 +24,8 @@ from noiseopt.control.costs import Costs, speed_up, timed_steps
 from noiseopt.control.state import ControllerState
 from noiseopt.estimate import NoiseEstimate, noise_fraction
 
-SHRINK_BELOW = 2 * math.sqrt(2)
+ABOVE = math.sqrt(2)  # times what is enough, from where on a window is halved
+FAR_ABOVE = 2 * math.sqrt(2)  # the same where it follows the decay
 LEAST_SPEED_UP = 1.05  # for which a window follows the decay, where the objective is time
 
 
@@ -136,12 +137,14 @@ def _shrink(
     config: NoiseConfig, state: ControllerState, noise: NoiseEstimate, price: float
 ) -> Change | None:
     steps, shortest = state.accumulation_steps, config.min_accumulation_steps
-    if not config.shrink or steps <= shortest or not state.settled(config):
+    grown = steps > state.reference_steps
+    rested = state.dwelt(config) if grown else state.settled(config)
+    if not config.shrink or steps <= shortest or not rested:
         return None
     enough = _enough(config, state, noise, price, state.caution * noise.scale_upper, steps)
-    if enough > noise.batch / SHRINK_BELOW:
+    if noise.batch < _above(config, state, steps) * enough:
         return None
-    reason = f"a batch of {enough:.4g} is enough at this noise: {noise.batch:.4g} is far above it"
+    reason = f"a batch of {enough:.4g} is enough at this noise: {noise.batch:.4g} is above it"
     return Change("shrink", max(steps // 2, shortest), reason)
 
 
@@ -153,11 +156,21 @@ def _enough(
     scale: float,
     steps: int,
 ) -> float:
-    """The batch far above which windows of so many steps are not worth it, at this noise scale."""
+    """The batch above which windows of so many steps are not worth it, at this noise scale."""
     paying = _paying(state, noise, price, scale)
-    reference = state.reference_steps
-    followed = config.grow_in_decay and reference < steps <= _by_decay_at_most(config, state)
-    return max(paying, scale) if config.objective == "updates" or followed else paying
+    follows = _follows_decay(config, state, steps)
+    return max(paying, scale) if config.objective == "updates" or follows else paying
+
+
+def _above(config: NoiseConfig, state: ControllerState, steps: int) -> float:
+    """How many times what is enough a batch of so many steps is where it is halved."""
+    return FAR_ABOVE if _follows_decay(config, state, steps) else ABOVE
+
+
+def _follows_decay(config: NoiseConfig, state: ControllerState, steps: int) -> bool:
+    """Whether windows of so many steps are of a length that the decay lets grow."""
+    most = _by_decay_at_most(config, state)
+    return config.grow_in_decay and state.reference_steps < steps <= most
 
 
 def paying_batch(price: float, scale: float) -> float:
@@ -239,8 +252,8 @@ def _grow_by_decay(
         return Change("hold", steps, f"{fell}, but {share}: growth takes {least:.3g}")
     enough = _enough(config, state, noise, price, state.caution * noise.scale_lower, larger)
     batch = noise.batch * larger / steps
-    if batch >= SHRINK_BELOW * enough:  # it would be taken back
+    if batch >= _above(config, state, larger) * enough:  # it would be taken back
         return Change(
-            "hold", steps, f"{fell}, but a batch of {batch:.4g} is far above {enough:.4g}"
+            "hold", steps, f"{fell}, but a batch of {batch:.4g} is above the {enough:.4g} it takes"
         )
     return Change("grow", larger, f"{fell} and {share}", by_decay=True)

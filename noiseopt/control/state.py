@@ -137,12 +137,15 @@ class ControllerState:
         """Whether the last change hurt the loss: "hurt", "fine" or "open"."""
         return self.verification.verdict(max(self.estimator.samples_seen, 1.0), tolerance)
 
-    def settled(self, config: NoiseConfig) -> bool:
-        """Whether the last change is far enough back for another."""
+    def dwelt(self, config: NoiseConfig) -> bool:
+        """Whether the last change is so many samples back that a window may shrink."""
         distance = self.estimator.samples_seen - self.changed_at_samples
+        return distance >= config.dwell_fraction * self.estimator.samples_seen
+
+    def settled(self, config: NoiseConfig) -> bool:
+        """Whether it is so many samples and updates back that a window may grow."""
         updates = self.num_updates - self.changed_at_updates
-        far = distance >= config.dwell_fraction * self.estimator.samples_seen
-        return far and updates >= config.dwell_updates
+        return self.dwelt(config) and updates >= config.dwell_updates
 
 
 def _timing(config: NoiseConfig) -> Timing | None:

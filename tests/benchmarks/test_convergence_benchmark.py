@@ -138,6 +138,25 @@ def test_text_is_dealt_by_whole_files():
     assert held_out[:400] not in bytes(texts["tuning", False].numpy())
 
 
+def test_where_the_text_changes_the_schedule_begins_anew():
+    shift = WORKLOADS["gpt-shift"]
+    half = shift.micro_batches // 2
+    factors = [shift.schedule(done) for done in range(shift.micro_batches)]
+    assert factors[half:] == factors[:half]
+    assert factors[0] < 0.01
+    assert max(factors) == 1
+    assert factors[half - 1] == pytest.approx(0.1, abs=1e-4)
+    data = gpt.load_shifting("tuning", steps=4, batch_size=2, context=64)
+    batches = [bytes(tokens.byte().numpy()) for (tokens,) in data.batches(1)]
+    source, code = (
+        bytes(gpt.texts(text_of)["tuning", False].numpy()) for text_of in (bytes, gpt.bytecode)
+    )
+    assert [batch[:65] in source for batch in batches] == [True, True, False, False]
+    assert [batch[:65] in code for batch in batches] == [False, False, True, True]
+    held_out = bytes(data.held_out[0][0][0].byte().numpy())
+    assert held_out in bytes(gpt.texts(gpt.bytecode)["tuning", True].numpy())
+
+
 def test_held_out_digits_are_not_trained_on():
     assert digits.HELD_OUT["tuning"].start >= digits.TRAIN
     assert digits.HELD_OUT["tuning"].stop == digits.HELD_OUT["reporting"].start

@@ -9,7 +9,14 @@ from benchmarks.convergence.workloads.base import BETA1, SPLITS, Batch, Data, Wo
 
 WORKLOADS: dict[str, Workload] = {
     workload.name: workload
-    for workload in (gpt.SMALL, gpt.LONG, digits.DIGITS, autoencoder.PHOTOGRAPHS, gpt.LARGE)
+    for workload in (
+        gpt.SMALL,
+        gpt.LONG,
+        gpt.SHIFT,
+        digits.DIGITS,
+        autoencoder.PHOTOGRAPHS,
+        gpt.LARGE,
+    )
 }
 MAIN = ("digits", "autoencoder", "gpt")  # what a plain `run` trains, the quickest first
 

@@ -37,7 +37,8 @@ class Workload:
         micro_batch: samples in each.
         lr: where the search for the rate of a window of 1 begins.
         weight_decay: of every arm.
-        warm_up: the share of the run in which the learning rate rises.
+        warm_up: the share of each cycle in which the learning rate rises.
+        cycles: how often the schedule begins anew, in equal parts of the run.
         beta1: of every arm that does not name another.
         tuned_on: another workload, whose rates and beta2 it takes; None where it has its own.
         settings: everything else that a change of would make another workload.
@@ -51,21 +52,26 @@ class Workload:
     lr: float
     weight_decay: float = 0.1
     warm_up: float = 0.05
+    cycles: int = 1
     beta1: float = BETA1
     tuned_on: str | None = None
     settings: dict[str, object] = field(default_factory=dict)
 
     def schedule(self, done: int) -> float:
         """The factor on the peak rate after so many micro-batches: warm-up, cosine to a tenth."""
-        rising = max(1, round(self.warm_up * self.micro_batches))
+        length = self.micro_batches // self.cycles
+        rising = max(1, round(self.warm_up * length))
+        done %= length
         if done < rising:
             return (done + 1) / rising
-        share = (done - rising) / max(1, self.micro_batches - rising)
+        share = (done - rising) / max(1, length - rising)
         return 0.1 + 0.45 * (1 + math.cos(math.pi * min(share, 1.0)))
 
     def described(self) -> dict[str, object]:
         """What results depend on, as plain values."""
+        cycles = {"cycles": self.cycles} if self.cycles > 1 else {}  # older records have none
         return {
+            **cycles,
             "micro_batches": self.micro_batches,
             "micro_batch": self.micro_batch,
             "weight_decay": self.weight_decay,

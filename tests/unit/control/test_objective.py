@@ -17,7 +17,7 @@ from noiseopt.control import (
     to_numbers,
 )
 from noiseopt.control.costs import Costs, Timing
-from noiseopt.control.proposal import SHRINK_BELOW, propose
+from noiseopt.control.proposal import ABOVE, propose
 from tests.unit.control.test_proposal import noise, state
 
 CONFIG = NoiseConfig(objective="time", accumulation_steps=4, max_accumulation_steps=64)
@@ -77,7 +77,7 @@ def test_growth_stops_at_the_batch_that_pays(factor, action):
 @pytest.mark.parametrize(("factor", "action"), [(1.01, "hold"), (0.99, "shrink")])
 def test_a_window_far_above_what_pays_shrinks_though_the_noise_is_as_large(factor, action):
     """Windows of 64 with a noise scale of 64 micro-batches: K*^2 = 64 a / b."""
-    costs = Costs(factor * 64 / SHRINK_BELOW**2, 1.0, 1.0, 1.0)
+    costs = Costs(factor * 64 / ABOVE**2, 1.0, 1.0, 1.0)
     assert proposed(exact(8 * 64, 64), costs=costs, accumulation_steps=64).action == action
 
 
@@ -149,8 +149,8 @@ def test_what_grows_is_not_taken_back(objective, reference, lr):
 
 
 def test_caution_takes_from_the_noise_that_a_window_is_kept_for():
-    assert proposed(exact(6.0)).action == "hold"
-    assert proposed(exact(6.0), caution=0.5).action == "shrink"
+    assert proposed(exact(20.0)).action == "hold"
+    assert proposed(exact(20.0), caution=0.5).action == "shrink"
 
 
 def test_where_the_decay_may_let_nothing_grow_it_keeps_nothing():

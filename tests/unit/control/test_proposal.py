@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from noiseopt.control import ControllerState, NoiseConfig, paying_batch
-from noiseopt.control.proposal import SHRINK_BELOW, propose
+from noiseopt.control.proposal import ABOVE, propose
 from noiseopt.control.verification import LossTrend, Verification
 from noiseopt.estimate import NoiseEstimate, noise_fraction
 
@@ -144,7 +144,7 @@ def test_growth_can_be_switched_off():
 
 @pytest.mark.parametrize(("factor", "action"), [(0.99, "shrink"), (1.01, "hold")])
 def test_a_noise_far_below_the_batch_halves_the_window(factor, action):
-    few = noise(8, lower=0.0, upper=factor * 64 / SHRINK_BELOW)
+    few = noise(8, lower=0.0, upper=factor * 64 / ABOVE)
     cheap = replace(CONFIG, update_price=1e-6)
     assert proposed(cheap, few, accumulation_steps=8)[0] == action
 
@@ -153,7 +153,7 @@ def test_a_noise_far_below_the_batch_halves_the_window(factor, action):
 def test_a_batch_that_pays_is_not_halved(factor, action):
     """The noise is a hundredth of the batch, and an update so dear that it pays all the same."""
     upper = 64 / 100
-    price = factor * (64 / SHRINK_BELOW) ** 2 / (32 * upper)
+    price = factor * (64 / ABOVE) ** 2 / (32 * upper)
     dear = replace(CONFIG, update_price=price)
     assert proposed(dear, noise(8, 0.0, upper), accumulation_steps=8)[0] == action
 
@@ -213,3 +213,24 @@ def test_the_tolerance_is_relative_to_the_expected_loss(excess, action):
 def test_nothing_is_reverted_without_verification():
     off = replace(CONFIG, verify=False)
     assert proposed(off, verification=verified(0.1))[0] == "grow"
+
+
+@pytest.mark.parametrize(
+    ("steps", "updates", "action"),
+    [(8, 1, "shrink"), (4, 1, "hold"), (4, 401, "shrink")],
+    ids=["grown", "the-users-own", "the-users-own-later"],
+)
+def test_what_has_grown_shrinks_without_waiting_for_updates(steps, updates, action):
+    """As soon as the noise speaks for it: in long windows updates are rare."""
+    config = replace(CONFIG, update_price=1e-6)
+    changes = {"accumulation_steps": steps, "reference_steps": 4.0, "num_updates": updates}
+    assert proposed(config, noise(steps, 0.0, 0.0), **changes)[0] == action
+
+
+@pytest.mark.parametrize(("lr", "action"), [(1.0, "shrink"), (0.5, "hold")])
+def test_a_window_that_follows_the_decay_is_kept_for_longer(lr, action):
+    """Of 8 where the rate has fallen to a half; again at its peak, it shrinks at half as much."""
+    config = replace(CONFIG, update_price=1e-6, grow_by_noise=False)
+    enough = noise(8, lower=0.0, upper=64 / 2)
+    changes = {"accumulation_steps": 8, "reference_steps": 4.0, "lr": lr}
+    assert proposed(config, enough, **changes)[0] == action
