@@ -2,12 +2,13 @@
 
 Revert what hurt. Hold while the noise is unknown or uncertain, a change is being verified, the
 learning rate rises, or a revert is recent. Halve the window when the batch lies above the noise
-scale's upper bound and above what pays by it, as after a change of the data. Double it while the batch stays below the one that
-pays: an update that costs r samples makes the most progress for its cost at B = sqrt(r B_noise),
-here with the lower bound (McCandlish et al., arXiv 1812.06162, appendix D). Where the user's
-schedule has lowered the rate by more than that, let the window follow it as long as enough of the
-gradient is noise: with the square-root rule this trades a decay by a for one by sqrt(a) at a times
-the batch (Seesaw, Meterez et al. 2026), which is equivalent where tr(Sigma)/B >> |G|^2.
+scale's upper bound and above what pays by it, as after a change of the data. Double it while the
+batch stays below the one that pays: an update that costs r samples makes the most progress for its
+cost at B = sqrt(r B_noise), here with the lower bound (McCandlish et al., arXiv 1812.06162,
+appendix D). Where the user's schedule has lowered the rate by more than that, let the window follow
+it as long as enough of the gradient is noise: with the square-root rule this trades a decay by a
+for one by sqrt(a) at a times the batch (Seesaw, Meterez et al. 2026), which is equivalent where
+tr(Sigma)/B >> |G|^2.
 
 Where the objective is time, the price of an update is measured. The batch that pays then makes the
 most progress in a second: it is where the product of samples a second and statistical efficiency,
