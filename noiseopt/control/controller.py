@@ -74,9 +74,14 @@ class Controller:
             )
         ratio = state.num_ranks / ranks
         low, high = config.min_accumulation_steps, config.max_accumulation_steps
+        steps, kept = (
+            min(max(round(steps * ratio), low), high)
+            for steps in (state.accumulation_steps, state.kept_steps)
+        )
         return self._with(
             num_ranks=ranks,
-            accumulation_steps=min(max(round(state.accumulation_steps * ratio), low), high),
+            accumulation_steps=steps,
+            kept_steps=kept,
             reference_steps=state.reference_steps * ratio,
             gradients_per_step=max(round(state.gradients_per_step / ratio), 1),
             micro_batches=state.micro_batches * ratio,
@@ -291,6 +296,8 @@ class Controller:
                 caution=state.caution * (CAUTION_AFTER_REVERT if grew else 1.0),
                 blocked_until=samples * (1 + self.config.dwell_fraction),
             )
+        elif change.action == "shrink" and change.by_decay:
+            verification = verification.finish()  # the loss has left its trend with the rate
         elif changed and self.config.verify:
             verification = verification.start(state.accumulation_steps)
         if changed and not change.by_decay:
@@ -300,10 +307,18 @@ class Controller:
                 state,
                 verification=verification,
                 accumulation_steps=change.steps,
+                kept_steps=self._kept_steps(change),
                 noise_ratio=noise_ratio,
                 max_norm=self._threshold(change.steps),
             )
         )
+
+    def _kept_steps(self, change: Change) -> int:
+        steps, kept = self.state.accumulation_steps, self.state.kept_steps
+        if change.by_decay or change.steps == steps:
+            return kept
+        is_taken_back = change.action == "revert" and change.steps < steps
+        return min(kept, change.steps) if is_taken_back else change.steps
 
     def _threshold(self, steps: int) -> float:
         """The norm at which clipping begins in windows of so many steps; infinite for never."""

@@ -1,14 +1,14 @@
 """Which window to use next, and why: the rules, in the order in which they speak.
 
-Revert what hurt. Hold while the noise is unknown or uncertain, a change is being verified, the
-learning rate rises, or a revert is recent. Halve the window when the batch lies above the noise
-scale's upper bound and above what pays by it, as after a change of the data. Double it while the
-batch stays below the one that pays: an update that costs r samples makes the most progress for its
-cost at B = sqrt(r B_noise), here with the lower bound (McCandlish et al., arXiv 1812.06162,
-appendix D). Where the user's schedule has lowered the rate by more than that, let the window follow
-it as long as enough of the gradient is noise: with the square-root rule this trades a decay by a
-for one by sqrt(a) at a times the batch (Seesaw, Meterez et al. 2026), which is equivalent where
-tr(Sigma)/B >> |G|^2.
+Where the learning rate rises again, give back what the window grew by as it fell. Revert what hurt.
+Hold while the noise is unknown or uncertain, a change is being verified, the rate rises, or a
+revert is recent. Halve the window when the batch lies above the noise scale's upper bound and above
+what pays by it, as after a change of the data. Double it while the batch stays below the one that
+pays: an update that costs r samples makes the most progress for its cost at B = sqrt(r B_noise),
+here with the lower bound (McCandlish et al., arXiv 1812.06162, appendix D). Where the user's
+schedule has lowered the rate by more than that, let the window follow it as long as enough of the
+gradient is noise: with the square-root rule this trades a decay by a for one by sqrt(a) at a times
+the batch (Seesaw, Meterez et al. 2026), which is equivalent where tr(Sigma)/B >> |G|^2.
 
 Where the objective is time, the price of an update is measured. The batch that pays then makes the
 most progress in a second: it is where the product of samples a second and statistical efficiency,
@@ -62,6 +62,9 @@ def propose(
         costs: of time; None while they are unknown, or not asked for.
     """
     steps = state.accumulation_steps
+    back = _follow_back(config, state)
+    if back:
+        return back
     verdict = state.verdict(config.loss_tolerance) if config.verify else "fine"
     if verdict == "hurt":
         return _revert(state)
@@ -110,6 +113,15 @@ def _wait(
     if state.estimator.samples_seen < state.blocked_until:
         return "nothing changes for a while after a revert"
     return None
+
+
+def _follow_back(config: NoiseConfig, state: ControllerState) -> Change | None:
+    steps, least = state.accumulation_steps, config.min_accumulation_steps
+    enough = max(state.kept_steps, _by_decay_at_most(config, state), least)
+    if not config.grow_in_decay or enough >= steps:
+        return None
+    rose = f"the learning rate rose to 1/{state.decay:.2f} of its peak"
+    return Change("shrink", enough, f"{rose}, and the window follows it back", by_decay=True)
 
 
 def _revert(state: ControllerState) -> Change:

@@ -24,6 +24,8 @@ class ControllerState:
         norms: level and spread of the gradient norm.
         verification: the loss trend and a pending judgement.
         accumulation_steps: the decided window.
+        kept_steps: the window without what it grew by as the learning rate fell, to which it goes
+            back where the rate rises again.
         reference_steps: the window for which the user's rates were chosen; not whole where that
             was on another number of ranks.
         noise_ratio: the noise scale's lower bound over the reference batch; 0 while unknown.
@@ -57,6 +59,7 @@ class ControllerState:
     norms: NormLevel
     verification: Verification
     accumulation_steps: int
+    kept_steps: int
     reference_steps: float
     noise_ratio: float = 0.0
     max_norm: float = math.inf
@@ -97,6 +100,7 @@ class ControllerState:
             norms=NormLevel(),
             verification=Verification(),
             accumulation_steps=steps,
+            kept_steps=steps,
             reference_steps=float(steps),
             max_norm=config.max_norm,
             counts_samples=config.samples_per_micro_batch is not None,
@@ -129,6 +133,7 @@ class ControllerState:
         return replace(
             self,
             accumulation_steps=min(max(self.accumulation_steps, low), high),
+            kept_steps=min(max(self.kept_steps, low), high),
             max_norm=min(self.max_norm, ceiling) if config.adapt_clip else ceiling,
             timing=self.timing if self.timing and _timing(config) else _timing(config),
         )
@@ -180,6 +185,9 @@ def from_numbers(like: T, numbers: Mapping[str, Number], prefix: str = "") -> T:
     Raises:
         ValueError: a number is missing; names it.
     """
+    if isinstance(like, ControllerState) and "accumulation_steps" in numbers:
+        # States from before it was told apart lack it.
+        numbers = {"kept_steps": numbers["accumulation_steps"], **numbers}
     return cast("T", _rebuild(like, numbers, prefix))
 
 

@@ -15,7 +15,7 @@ SETTLED = {
 }
 # What of a controller's state is decided, not measured.
 DECIDED = (
-    *("accumulation_steps", "reference_steps", "noise_ratio", "max_norm"),
+    *("accumulation_steps", "kept_steps", "reference_steps", "noise_ratio", "max_norm"),
     *("verification", "changed_at_samples", "changed_at_updates", "reverts", "blocked_until"),
     "caution",
 )

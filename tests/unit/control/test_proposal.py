@@ -44,6 +44,7 @@ def state(config=CONFIG, samples=1e5, **changes):
     initial = ControllerState.initial(config, num_groups=1)
     estimator = replace(initial.estimator, samples_seen=samples)
     flat = {"lr": 1.0, "previous_lr": 1.0, "peak_lr": 1.0, "num_updates": 1000}
+    flat["kept_steps"] = changes.get("accumulation_steps", config.accumulation_steps)
     return replace(initial, estimator=estimator, **(flat | changes))
 
 
