@@ -57,7 +57,8 @@ class NoiseConfig:
         update_price: what an update is taken to cost, in batches of the first window: at 4 windows
             grow up to twice the geometric mean of that batch and the noise scale, at 1 up to that
             mean. A short run of some thousand micro-batches loses less at 1, and saves less.
-        grow_in_decay: grow as the schedule lowers the learning rate (Seesaw, Meterez et al. 2026).
+        grow_in_decay: grow as the schedule lowers the learning rate (Seesaw, Meterez et al. 2026),
+            and give that back as it raises it again.
         decay_noise_fraction: in decay, the noise fraction's lower bound that growth requires. Of
             the norm in which Adam steps, noise is a larger part than of the plain one.
         shrink: halve the window when the batch lies above both the noise scale's upper bound and

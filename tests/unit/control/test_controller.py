@@ -16,6 +16,7 @@ from noiseopt.control import (
     paying_batch,
     sqrt_gain,
 )
+from noiseopt.control.proposal import Change
 from noiseopt.estimate import WindowNorms
 
 SAMPLES = 8  # in a micro-batch
@@ -90,6 +91,80 @@ def test_cosine_decay_grows_the_window_by_the_schedule(run_of, seed):
         if decision.noise.count > 20:
             assert decision.accumulation_steps >= min(math.floor(allowed) - 1, 64) / 2
     assert run.controller.state.accumulation_steps == 64
+
+
+def restarting(length):
+    """A cosine to a tenth that begins anew every so many samples, rising at first."""
+
+    def lr(seen):
+        share = seen % length / length
+        return max(share / 0.05, 1e-2) if share < 0.05 else cosine(1.0)(share) * 0.9 + 0.1
+
+    return lr
+
+
+def test_where_the_rate_rises_again_windows_give_back_what_followed_its_fall(run_of):
+    """Never above peak / lr times the first window, in the second cycle either."""
+    lr = restarting(2.5e5)
+    settings = {"accumulation_steps": 4, "max_accumulation_steps": 64, "grow_by_noise": False}
+    run = run_of(controller(**settings), lambda seen: 1e5, lr).until(5e5)
+    for decision in run.decisions:
+        assert decision.accumulation_steps <= max(4 / lr(decision.samples_seen), 4)
+    for cycle in (0, 1):
+        within = [d for d in run.decisions if d.samples_seen // 2.5e5 == cycle]
+        assert max(d.accumulation_steps for d in within) >= 32
+    assert any("rose to 1/" in decision.reason for decision in run.decisions)
+
+
+def test_what_the_noise_let_grow_stays_where_the_rate_rises_again(run_of):
+    """At a price of 4 a scale of 160 samples pays for windows of 8 micro-batches of 8."""
+    lr = restarting(2.5e5)
+    settings = {"update_price": 4, "dwell_updates": 50, "max_accumulation_steps": 64}
+    run = run_of(controller(**settings), lambda seen: 160.0, lr).until(3.5e5)
+    at_end = [d.accumulation_steps for d in run.decisions if 2.2e5 < d.samples_seen < 2.5e5]
+    assert max(at_end) > 8
+    assert any("follows it back" in decision.reason for decision in run.decisions)
+    assert {d.accumulation_steps for d in run.decisions if d.samples_seen > 2.8e5} == {8}
+
+
+def test_giving_back_is_not_verified_and_ends_what_was(run_of):
+    """The loss leaves its trend as the rate does: that says nothing of the window."""
+    settings = {"grow_by_noise": False, "max_accumulation_steps": 64, "accumulation_steps": 2}
+    lr = restarting(1e5)
+
+    def loss(seen, steps, rng):
+        return 3 + (2.0 if seen > 1e5 else 0.0) + 0.01 * rng.standard_normal()
+
+    run = run_of(controller(**settings), lambda seen: 1e5, lr, loss).until(9.9e4)
+    held = run.controller.state.verification
+    pending = replace(held, revert_to=2, seen=0, excess=0.0)
+    state = replace(run.controller.state, verification=pending)
+    run.controller = run.controller.at(state)
+    run.until(1.4e5)
+    assert run.controller.state.reverts == 0
+    back = [d for d in run.decisions if "follows it back" in d.reason]
+    assert back
+    assert all(decision.verifying is None for decision in back)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ([("grow", 8, True)], 4),
+        ([("grow", 8, False)], 8),
+        ([("grow", 8, True), ("grow", 16, False)], 16),
+        ([("grow", 8, True), ("revert", 4, False)], 4),
+        ([("grow", 8, False), ("revert", 4, False)], 4),
+        ([("grow", 8, True), ("shrink", 6, True)], 4),
+        ([("shrink", 2, False), ("revert", 4, False)], 4),
+        ([("grow", 8, True), ("grow", 16, True), ("revert", 8, False)], 4),
+    ],
+)
+def test_what_stays_of_a_window_when_the_rate_rises(changes, kept):
+    run = controller(accumulation_steps=4)
+    for action, steps, by_decay in changes:
+        run = run._follow(Change(action, steps, "a test", by_decay), None)
+    assert run.state.kept_steps == kept <= run.state.accumulation_steps
 
 
 def test_decay_without_noise_does_not_grow(run_of):

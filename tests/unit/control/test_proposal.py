@@ -235,3 +235,18 @@ def test_a_window_that_follows_the_decay_is_kept_for_longer(lr, action):
     enough = noise(8, lower=0.0, upper=64 / 2)
     changes = {"accumulation_steps": 8, "reference_steps": 4.0, "lr": lr}
     assert proposed(config, enough, **changes)[0] == action
+
+
+@pytest.mark.parametrize(
+    ("lr", "kept", "steps"),
+    [(1.0, 4, 4), (0.5, 4, 8), (0.6, 4, 6), (0.12, 4, 16), (1.0, 10, 10), (1.0, 16, 16)],
+)
+def test_a_window_goes_back_as_far_as_the_rate_has_risen(lr, kept, steps):
+    """Of 16, whatever the noise and though the rate is rising; not below what stays."""
+    changes = {"accumulation_steps": 16, "kept_steps": kept, "lr": lr, "previous_lr": lr / 2}
+    none = replace(CONFIG, grow_by_noise=False, max_accumulation_steps=16)
+    action = "shrink" if steps < 16 else "hold"
+    assert proposed(none, noise(16), **changes) == (action, steps)
+    assert propose(none, state(none, **changes), None).steps == steps
+    off = replace(none, grow_in_decay=False)
+    assert proposed(off, noise(16), **changes) == ("hold", 16)

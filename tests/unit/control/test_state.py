@@ -56,6 +56,13 @@ def test_a_missing_number_is_refused_by_name(lost):
         from_numbers(initial(groups=2), numbers)
 
 
+def test_states_from_before_windows_followed_the_rate_back_are_read():
+    state = replace(initial(), accumulation_steps=8, kept_steps=8)
+    numbers = to_numbers(state)
+    del numbers["kept_steps"]
+    assert from_numbers(initial(), numbers) == state
+
+
 @pytest.mark.parametrize(
     ("previous", "now", "peak", "phase"),
     [
