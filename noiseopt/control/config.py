@@ -61,9 +61,9 @@ class NoiseConfig:
             and give that back as it raises it again.
         decay_noise_fraction: in decay, the noise fraction's lower bound that growth requires. Of
             the norm in which Adam steps, noise is a larger part than of the plain one.
-        shrink: halve the window when the batch lies above both the noise scale's upper bound and
-            what pays; where the objective is time, above what pays. It takes a factor of sqrt(2),
-            and twice that where the window follows a falling learning rate.
+        shrink: halve the window when the batch lies above both the noise scale and what pays; where
+            the objective is time, above what pays. It takes a factor of sqrt(2), and twice that
+            where the window follows a falling learning rate.
         dwell_fraction: the least distance of growth by the noise, or of shrinking, from the last
             such change, as a share of the samples seen.
         dwell_updates: the same in updates, and before the first change too; the longer of the two

@@ -14,6 +14,7 @@ from noiseopt.control.decision import Decision, Window
 from noiseopt.control.proposal import Change, propose
 from noiseopt.control.rates import RateRule, Rates
 from noiseopt.control.state import ControllerState
+from noiseopt.control.verification import Verification
 from noiseopt.estimate import NoiseEstimate
 
 CAUTION_AFTER_REVERT = 0.5
@@ -297,7 +298,7 @@ class Controller:
                 blocked_until=samples * (1 + self.config.dwell_fraction),
             )
         elif change.action == "shrink" and change.by_decay:
-            verification = verification.finish()  # the loss has left its trend with the rate
+            verification = Verification()  # the loss leaves its trend with the rate
         elif changed and self.config.verify:
             verification = verification.start(state.accumulation_steps)
         if changed and not change.by_decay:

@@ -2,10 +2,11 @@
 
 Where the learning rate rises again, give back what the window grew by as it fell. Revert what hurt.
 Hold while the noise is unknown or uncertain, a change is being verified, the rate rises, or a
-revert is recent. Halve the window when the batch lies above the noise scale's upper bound and above
-what pays by it, as after a change of the data. Double it while the batch stays below the one that
-pays: an update that costs r samples makes the most progress for its cost at B = sqrt(r B_noise),
-here with the lower bound (McCandlish et al., arXiv 1812.06162, appendix D). Where the user's
+revert is recent. Halve the window when the batch lies above the noise scale and above what pays by
+it, as after a change of the data: by the estimate itself, since shrinking late costs loss, and too
+early only updates. Double it while the batch stays below the one that pays: an update that costs r
+samples makes the most progress for its cost at B = sqrt(r B_noise), here with the lower bound
+(McCandlish et al., arXiv 1812.06162, appendix D). Where the user's
 schedule has lowered the rate by more than that, let the window follow it as long as enough of the
 gradient is noise: with the square-root rule this trades a decay by a for one by sqrt(a) at a times
 the batch (Seesaw, Meterez et al. 2026), which is equivalent where tr(Sigma)/B >> |G|^2.
@@ -154,7 +155,7 @@ def _shrink(
     rested = state.dwelt(config) if grown else state.settled(config)
     if not config.shrink or steps <= shortest or not rested:
         return None
-    enough = _enough(config, state, noise, price, state.caution * noise.scale_upper, steps)
+    enough = _enough(config, state, noise, price, state.caution * noise.scale, steps)
     if noise.batch < _above(config, state, steps) * enough:
         return None
     reason = f"a batch of {enough:.4g} is enough at this noise: {noise.batch:.4g} is above it"

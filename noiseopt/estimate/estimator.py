@@ -46,7 +46,7 @@ class NoiseEstimate:
         scale: B_noise = tr(Sigma) / |G|^2; infinite where the signal is not positive.
         scale_interval: its two-sided confidence interval (Fieller).
         scale_lower: its one-sided lower bound; what growth may rely on.
-        scale_upper: its one-sided upper bound; what shrinking may rely on.
+        scale_upper: its one-sided upper bound.
         fraction: f = (tr(Sigma)/B) / (|G|^2 + tr(Sigma)/B), the share of noise in |g|^2.
         fraction_interval: its two-sided confidence interval.
         fraction_lower: its one-sided lower bound.

@@ -82,7 +82,7 @@ def test_a_window_far_above_what_pays_shrinks_though_the_noise_is_as_large(facto
 
 
 def test_bounds_of_the_noise_and_caution_speak_against_change():
-    wide = noise(4, lower=10.0, upper=1e4)
+    wide = noise(4, lower=10.0, upper=1e4, scale=100.0)
     assert proposed(wide).action == "hold"
     assert proposed(exact(1e4)).action == "grow"
     assert proposed(exact(0.9)).action == "shrink"

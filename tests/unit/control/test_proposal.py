@@ -17,10 +17,11 @@ BY_DECAY = replace(CONFIG, grow_by_noise=False)
 SAMPLES_PER_STEP = 8
 
 
-def noise(steps=4, lower=1e4, upper=math.inf, count=50.0):
+def noise(steps=4, lower=1e4, upper=math.inf, count=50.0, scale=None):
+    """The scale is the lower bound where it is not given."""
     batch = SAMPLES_PER_STEP * steps
     return NoiseEstimate(
-        scale=lower,
+        scale=lower if scale is None else scale,
         scale_interval=(lower, upper),
         scale_lower=lower,
         scale_upper=upper,
@@ -145,7 +146,7 @@ def test_growth_can_be_switched_off():
 
 @pytest.mark.parametrize(("factor", "action"), [(0.99, "shrink"), (1.01, "hold")])
 def test_a_noise_far_below_the_batch_halves_the_window(factor, action):
-    few = noise(8, lower=0.0, upper=factor * 64 / ABOVE)
+    few = noise(8, lower=0.0, scale=factor * 64 / ABOVE)
     cheap = replace(CONFIG, update_price=1e-6)
     assert proposed(cheap, few, accumulation_steps=8)[0] == action
 
@@ -153,10 +154,10 @@ def test_a_noise_far_below_the_batch_halves_the_window(factor, action):
 @pytest.mark.parametrize(("factor", "action"), [(0.99, "shrink"), (1.01, "hold")])
 def test_a_batch_that_pays_is_not_halved(factor, action):
     """The noise is a hundredth of the batch, and an update so dear that it pays all the same."""
-    upper = 64 / 100
-    price = factor * (64 / ABOVE) ** 2 / (32 * upper)
+    scale = 64 / 100
+    price = factor * (64 / ABOVE) ** 2 / (32 * scale)
     dear = replace(CONFIG, update_price=price)
-    assert proposed(dear, noise(8, 0.0, upper), accumulation_steps=8)[0] == action
+    assert proposed(dear, noise(8, 0.0, scale=scale), accumulation_steps=8)[0] == action
 
 
 def test_the_window_shrinks_to_its_least_and_no_further():
@@ -232,7 +233,7 @@ def test_what_has_grown_shrinks_without_waiting_for_updates(steps, updates, acti
 def test_a_window_that_follows_the_decay_is_kept_for_longer(lr, action):
     """Of 8 where the rate has fallen to a half; again at its peak, it shrinks at half as much."""
     config = replace(CONFIG, update_price=1e-6, grow_by_noise=False)
-    enough = noise(8, lower=0.0, upper=64 / 2)
+    enough = noise(8, lower=0.0, scale=64 / 2)
     changes = {"accumulation_steps": 8, "reference_steps": 4.0, "lr": lr}
     assert proposed(config, enough, **changes)[0] == action
 
