@@ -141,8 +141,9 @@ class Rival:
         return WindowGradient(self.model, self._left, self.rule.parts if self._measuring else 0)
 
     def _peak_over_now(self) -> float:
-        warm_up = round(self.workload.warm_up * self.workload.micro_batches)
-        return 1.0 if self._done <= warm_up else 1 / self.workload.schedule(self._done)
+        length = self.workload.micro_batches // self.workload.cycles
+        rising = self._done % length <= round(self.workload.warm_up * length)
+        return 1.0 if rising else 1 / self.workload.schedule(self._done)
 
     def _update(self, gradient: WindowGradient, lr: float) -> None:
         if self._measuring:

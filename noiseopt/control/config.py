@@ -62,8 +62,9 @@ class NoiseConfig:
         decay_noise_fraction: in decay, the noise fraction's lower bound that growth requires. Of
             the norm in which Adam steps, noise is a larger part than of the plain one.
         shrink: halve the window when the batch lies above both the noise scale and what pays; where
-            the objective is time, above what pays. It takes a factor of sqrt(2), and twice that
-            where the window follows a falling learning rate.
+            the objective is time, above what pays. It takes a factor of sqrt(2) where the window
+            has grown, and of twice that where it follows a falling learning rate, or is the first
+            or a shorter one; then by the noise scale's upper bound.
         dwell_fraction: the least distance of growth by the noise, or of shrinking, from the last
             such change, as a share of the samples seen.
         dwell_updates: the same in updates, and before the first change too; the longer of the two
@@ -81,7 +82,8 @@ class NoiseConfig:
             losses were lower without it (`benchmarks/convergence`).
         verify: watch the loss after a change, where it is known, and revert what hurt.
         loss_tolerance: how much worse than its trend, relative to it, the loss may become.
-        max_reverts: reverts after which the batch is no longer changed.
+        max_reverts: reverts after which the batch is no longer changed, but for giving back what
+            it grew by as the learning rate fell.
         adapt_clip: clip at the noise-predicted norm, widened by its observed spread.
         clip_z: standard deviations of the log norm above its level where clipping begins.
         max_norm: a ceiling on the norm that holds from the first update, as in

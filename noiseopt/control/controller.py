@@ -318,8 +318,8 @@ class Controller:
         steps, kept = self.state.accumulation_steps, self.state.kept_steps
         if change.by_decay or change.steps == steps:
             return kept
-        is_taken_back = change.action == "revert" and change.steps < steps
-        return min(kept, change.steps) if is_taken_back else change.steps
+        all_kept = kept == steps < change.steps  # a shrunk window that is taken back
+        return change.steps if change.action == "grow" or all_kept else min(kept, change.steps)
 
     def _threshold(self, steps: int) -> float:
         """The norm at which clipping begins in windows of so many steps; infinite for never."""

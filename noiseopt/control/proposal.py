@@ -3,13 +3,14 @@
 Where the learning rate rises again, give back what the window grew by as it fell. Revert what hurt.
 Hold while the noise is unknown or uncertain, a change is being verified, the rate rises, or a
 revert is recent. Halve the window when the batch lies above the noise scale and above what pays by
-it, as after a change of the data: by the estimate itself, since shrinking late costs loss, and too
-early only updates. Double it while the batch stays below the one that pays: an update that costs r
-samples makes the most progress for its cost at B = sqrt(r B_noise), here with the lower bound
-(McCandlish et al., arXiv 1812.06162, appendix D). Where the user's
-schedule has lowered the rate by more than that, let the window follow it as long as enough of the
-gradient is noise: with the square-root rule this trades a decay by a for one by sqrt(a) at a times
-the batch (Seesaw, Meterez et al. 2026), which is equivalent where tr(Sigma)/B >> |G|^2.
+it, as after a change of the data: one that has grown by the estimate itself, since shrinking late
+costs loss, and too early only updates; the user's own by the upper bound. Double it while the batch
+stays below the one that pays: an update that costs r samples makes the most progress for its cost
+at B = sqrt(r B_noise), here with the lower bound (McCandlish et al., arXiv 1812.06162, appendix D).
+Where the user's schedule has lowered the rate by more than that, let the window follow it as long
+as enough of the gradient is noise: with the square-root rule this trades a decay by a for one by
+sqrt(a) at a times the batch (Seesaw, Meterez et al. 2026), which is equivalent where
+tr(Sigma)/B >> |G|^2.
 
 Where the objective is time, the price of an update is measured. The batch that pays then makes the
 most progress in a second: it is where the product of samples a second and statistical efficiency,
@@ -26,8 +27,10 @@ from noiseopt.control.costs import Costs, speed_up, timed_steps
 from noiseopt.control.state import ControllerState
 from noiseopt.estimate import NoiseEstimate, noise_fraction
 
-ABOVE = math.sqrt(2)  # times what is enough, from where on a window is halved
-FAR_ABOVE = 2 * math.sqrt(2)  # the same where it follows the decay
+ABOVE = math.sqrt(2)  # times what is enough, from where on a window that has grown is halved
+FAR_ABOVE = 2 * math.sqrt(2)  # the same of the user's own, and of one that follows the decay
+SLACK = 1.1  # times what the decay lets grow, to where a rate that jitters lets windows be
+SUDDEN = 0.7  # of the rate at the decision before: so low it may be the start of a warm-up
 LEAST_SPEED_UP = 1.05  # for which a window follows the decay, where the objective is time
 
 
@@ -68,7 +71,7 @@ def propose(
         return back
     verdict = state.verdict(config.loss_tolerance) if config.verify else "fine"
     if verdict == "hurt":
-        return _revert(state)
+        return _revert(config, state)
     if noise is None:
         return Change("hold", steps, unknown(config, state))
     waiting = _wait(config, state, noise, verdict)
@@ -119,17 +122,19 @@ def _wait(
 def _follow_back(config: NoiseConfig, state: ControllerState) -> Change | None:
     steps, least = state.accumulation_steps, config.min_accumulation_steps
     enough = max(state.kept_steps, _by_decay_at_most(config, state), least)
-    if not config.grow_in_decay or enough >= steps:
+    follows = steps <= SLACK * state.reference_steps * state.decay
+    if not config.grow_in_decay or state.phase != "warm-up" or follows or enough >= steps:
         return None
     rose = f"the learning rate rose to 1/{state.decay:.2f} of its peak"
     return Change("shrink", enough, f"{rose}, and the window follows it back", by_decay=True)
 
 
-def _revert(state: ControllerState) -> Change:
+def _revert(config: NoiseConfig, state: ControllerState) -> Change:
     verification = state.verification
+    low, high = config.min_accumulation_steps, config.max_accumulation_steps
     return Change(
         "revert",
-        verification.revert_to,
+        min(max(verification.revert_to, low), high),
         f"the loss runs {verification.mean_excess:.4g} above its trend of "
         f"{verification.expected:.4g} since the window became {state.accumulation_steps}",
     )
@@ -150,16 +155,19 @@ def _costs_unknown(config: NoiseConfig, steps: int) -> str:
 def _shrink(
     config: NoiseConfig, state: ControllerState, noise: NoiseEstimate, price: float
 ) -> Change | None:
-    steps, shortest = state.accumulation_steps, config.min_accumulation_steps
-    grown = steps > state.reference_steps
-    rested = state.dwelt(config) if grown else state.settled(config)
-    if not config.shrink or steps <= shortest or not rested:
+    steps, users = state.accumulation_steps, math.ceil(state.reference_steps)
+    if steps > users:
+        rested, least, scale = state.dwelt(config), users, noise.scale
+    else:
+        rested, least, scale = state.settled(config), 1, noise.scale_upper
+    smaller = max(steps // 2, least, config.min_accumulation_steps)
+    if not config.shrink or smaller >= steps or not rested:
         return None
-    enough = _enough(config, state, noise, price, state.caution * noise.scale, steps)
+    enough = _enough(config, state, noise, price, state.caution * scale, steps)
     if noise.batch < _above(config, state, steps) * enough:
         return None
     reason = f"a batch of {enough:.4g} is enough at this noise: {noise.batch:.4g} is above it"
-    return Change("shrink", max(steps // 2, shortest), reason)
+    return Change("shrink", smaller, reason)
 
 
 def _enough(
@@ -178,7 +186,8 @@ def _enough(
 
 def _above(config: NoiseConfig, state: ControllerState, steps: int) -> float:
     """How many times what is enough a batch of so many steps is where it is halved."""
-    return FAR_ABOVE if _follows_decay(config, state, steps) else ABOVE
+    grown = steps > math.ceil(state.reference_steps)
+    return ABOVE if grown and not _follows_decay(config, state, steps) else FAR_ABOVE
 
 
 def _follows_decay(config: NoiseConfig, state: ControllerState, steps: int) -> bool:
@@ -255,6 +264,8 @@ def _grow_by_decay(
     fell = f"the learning rate fell to 1/{decay:.2f} of its peak"
     if larger <= steps:
         return Change("hold", steps, f"{fell}: by that, a window of {allowed} at most")
+    if state.lr < SUDDEN * state.previous_lr:
+        return Change("hold", steps, f"{fell}, suddenly: growth waits for another decision")
     quicker = speed_up(price, steps, larger)
     if config.objective == "time" and quicker < LEAST_SPEED_UP:
         gained = f"windows of {larger} make a sample {quicker:.3f} times as quick"

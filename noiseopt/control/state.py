@@ -143,12 +143,15 @@ class ControllerState:
         return self.verification.verdict(max(self.estimator.samples_seen, 1.0), tolerance)
 
     def dwelt(self, config: NoiseConfig) -> bool:
-        """Whether the last change is so many samples back that a window may shrink."""
+        """Whether the last change is so many samples back that a window that grew may shrink."""
         distance = self.estimator.samples_seen - self.changed_at_samples
         return distance >= config.dwell_fraction * self.estimator.samples_seen
 
     def settled(self, config: NoiseConfig) -> bool:
-        """Whether it is so many samples and updates back that a window may grow."""
+        """Whether it is so many samples and updates back that a window may grow by the noise.
+
+        Or the user's own window, or a shorter one, shrink.
+        """
         updates = self.num_updates - self.changed_at_updates
         return self.dwelt(config) and updates >= config.dwell_updates
 
@@ -186,7 +189,7 @@ def from_numbers(like: T, numbers: Mapping[str, Number], prefix: str = "") -> T:
         ValueError: a number is missing; names it.
     """
     if isinstance(like, ControllerState) and "accumulation_steps" in numbers:
-        # States from before it was told apart lack it.
+        # States from before lack it: what grew by the decay was not told apart, and stays.
         numbers = {"kept_steps": numbers["accumulation_steps"], **numbers}
     return cast("T", _rebuild(like, numbers, prefix))
 

@@ -145,11 +145,17 @@ def test_where_the_text_changes_the_schedule_begins_anew():
     assert factors[half:] == factors[:half]
     assert factors[0] < 0.01
     assert max(factors) == 1
+    config = config_of("gpt-shift", "seesaw", 0.004, 0.99, arms.settings("seesaw"))
+    rival = training.Rival(nn.Linear(1, 1), shift, config, arms.rule("seesaw", {}))
+    for rival._done in (0, half // 40, half, half + half // 40):  # the rate rises
+        assert rival._peak_over_now() == 1
+    for rival._done in (half // 2, half + half // 2):
+        assert rival._peak_over_now() == pytest.approx(1 / factors[half // 2])
     assert factors[half - 1] == pytest.approx(0.1, abs=1e-4)
     data = gpt.load_shifting("tuning", steps=4, batch_size=2, context=64)
     batches = [bytes(tokens.byte().numpy()) for (tokens,) in data.batches(1)]
     source, code = (
-        bytes(gpt.texts(text_of)["tuning", False].numpy()) for text_of in (bytes, gpt.bytecode)
+        bytes(texts["tuning", False].numpy()) for texts in (gpt.texts(), gpt.texts(gpt.bytecode))
     )
     assert [batch[:65] in source for batch in batches] == [True, True, False, False]
     assert [batch[:65] in code for batch in batches] == [False, False, True, True]

@@ -64,7 +64,7 @@ def load(split: str, steps: int, batch_size: int, context: int) -> Data:
 
 def load_shifting(split: str, steps: int, batch_size: int, context: int) -> Data:
     """Source in the first half of the run, bytecode in the second, which is validated on."""
-    source, code = (texts(text_of) for text_of in (bytes, bytecode))
+    source, code = texts(), texts(bytecode)
 
     def batches(seed: int) -> Iterator[Batch]:
         for part in (source, code):

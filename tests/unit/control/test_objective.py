@@ -149,8 +149,8 @@ def test_what_grows_is_not_taken_back(objective, reference, lr):
 
 
 def test_caution_takes_from_the_noise_that_a_window_is_kept_for():
-    assert proposed(exact(20.0)).action == "hold"
-    assert proposed(exact(20.0), caution=0.5).action == "shrink"
+    assert proposed(exact(6.0)).action == "hold"
+    assert proposed(exact(6.0), caution=0.5).action == "shrink"
 
 
 def test_where_the_decay_may_let_nothing_grow_it_keeps_nothing():

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from noiseopt.control import ControllerState, NoiseConfig, paying_batch
-from noiseopt.control.proposal import ABOVE, propose
+from noiseopt.control.proposal import ABOVE, FAR_ABOVE, propose
 from noiseopt.control.verification import LossTrend, Verification
 from noiseopt.estimate import NoiseEstimate, noise_fraction
 
@@ -41,10 +41,11 @@ def noise(steps=4, lower=1e4, upper=math.inf, count=50.0, scale=None):
 
 
 def state(config=CONFIG, samples=1e5, **changes):
-    """Flat learning rate, long after any change."""
+    """A learning rate that stands where it is, long after any change."""
     initial = ControllerState.initial(config, num_groups=1)
     estimator = replace(initial.estimator, samples_seen=samples)
-    flat = {"lr": 1.0, "previous_lr": 1.0, "peak_lr": 1.0, "num_updates": 1000}
+    lr = changes.get("lr", 1.0)
+    flat = {"lr": lr, "previous_lr": lr, "peak_lr": 1.0, "num_updates": 1000}
     flat["kept_steps"] = changes.get("accumulation_steps", config.accumulation_steps)
     return replace(initial, estimator=estimator, **(flat | changes))
 
@@ -145,7 +146,7 @@ def test_growth_can_be_switched_off():
 
 
 @pytest.mark.parametrize(("factor", "action"), [(0.99, "shrink"), (1.01, "hold")])
-def test_a_noise_far_below_the_batch_halves_the_window(factor, action):
+def test_a_noise_below_the_batch_halves_the_window(factor, action):
     few = noise(8, lower=0.0, scale=factor * 64 / ABOVE)
     cheap = replace(CONFIG, update_price=1e-6)
     assert proposed(cheap, few, accumulation_steps=8)[0] == action
@@ -236,6 +237,48 @@ def test_a_window_that_follows_the_decay_is_kept_for_longer(lr, action):
     enough = noise(8, lower=0.0, scale=64 / 2)
     changes = {"accumulation_steps": 8, "reference_steps": 4.0, "lr": lr}
     assert proposed(config, enough, **changes)[0] == action
+
+
+@pytest.mark.parametrize(("previous", "action"), [(0.35, "grow"), (0.36, "hold")])
+def test_where_the_rate_falls_suddenly_growth_waits(previous, action):
+    """It may be the start of a warm-up: 0.25 is 0.7 times 0.357."""
+    assert proposed(BY_DECAY, lr=0.25, previous_lr=previous)[0] == action
+    assert proposed(BY_DECAY, lr=0.25)[0] == "grow"
+
+
+@pytest.mark.parametrize(("lr", "steps"), [(0.26, 16), (0.27, 16), (0.28, 14)])
+def test_a_rate_that_jitters_takes_nothing_back(lr, steps):
+    """A tenth more than the decay lets grow: at 4 / 16 times 1.1, 0.275."""
+    none = replace(BY_DECAY, max_accumulation_steps=16)
+    changes = {"accumulation_steps": 16, "kept_steps": 4, "lr": lr, "previous_lr": lr - 0.01}
+    assert proposed(none, noise(16), **changes)[1] == steps
+
+
+def test_a_window_too_long_for_the_decay_is_kept_where_the_rate_does_not_rise():
+    """As after a change of ranks, where windows are rounded."""
+    changes = {"accumulation_steps": 16, "kept_steps": 4, "lr": 0.5}
+    assert proposed(replace(BY_DECAY, shrink=False), noise(16), **changes) == ("hold", 16)
+
+
+@pytest.mark.parametrize(("limit", "steps"), [(64, 32), (16, 16)])
+def test_a_revert_stays_within_limits_that_have_changed(limit, steps):
+    pending = replace(verified(1.0), revert_to=32)
+    config = replace(CONFIG, max_accumulation_steps=limit)
+    found = propose(config, state(config, verification=pending), noise())
+    assert (found.action, found.steps) == ("revert", steps)
+
+
+@pytest.mark.parametrize(("steps", "smaller"), [(5, 4), (7, 4), (9, 4), (16, 8)])
+def test_what_has_grown_does_not_shrink_past_the_users_own_window(steps, smaller):
+    changes = {"accumulation_steps": steps, "num_updates": 1}
+    assert proposed(CONFIG, noise(steps, 0.0, scale=0.0), **changes) == ("shrink", smaller)
+
+
+@pytest.mark.parametrize(("upper", "action"), [(0.99, "shrink"), (1.01, "hold")])
+def test_the_users_own_window_shrinks_by_the_upper_bound(upper, action):
+    config = replace(CONFIG, update_price=1e-6)
+    few = noise(4, lower=0.0, scale=0.0, upper=upper * 32 / FAR_ABOVE)
+    assert proposed(config, few)[0] == action
 
 
 @pytest.mark.parametrize(
