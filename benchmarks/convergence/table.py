@@ -183,6 +183,7 @@ def _section(records: Sequence[Record], workload: str, split: str) -> str:
     found = rows(records, workload, split)
     if not found:
         return f"## {workload}\n\nNo constant window has finished.\n"
+    tuned = _tuned(records, workload) or "nothing; its settings are another workload's"
     lines = [
         f"## {workload}",
         "",
@@ -190,7 +191,7 @@ def _section(records: Sequence[Record], workload: str, split: str) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         *map(_line, found),
         "",
-        "Tuned on the tuning split: " + _tuned(records, workload) + ".",
+        f"Tuned on the tuning split: {tuned}.",
         "",
     ]
     return "\n".join(lines)

@@ -6,7 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from noiseopt.control import ControllerState, NoiseConfig, from_numbers, to_numbers
+from noiseopt.control import (
+    Controller,
+    ControllerState,
+    NoiseConfig,
+    from_numbers,
+    sqrt_gain,
+    to_numbers,
+)
 from noiseopt.estimate.average import Average
 
 
@@ -61,6 +68,15 @@ def test_states_from_before_windows_followed_the_rate_back_are_read():
     numbers = to_numbers(state)
     del numbers["kept_steps"]
     assert from_numbers(initial(), numbers) == state
+
+
+@pytest.mark.parametrize(("ranks", "steps", "kept"), [(1, 8, 4), (2, 4, 2), (16, 1, 1)])
+def test_what_stays_of_a_window_moves_to_other_ranks_and_limits_with_it(ranks, steps, kept):
+    state = replace(initial(), accumulation_steps=8, kept_steps=4, num_ranks=1)
+    moved = Controller(NoiseConfig(), sqrt_gain, state).on_ranks(ranks).state
+    assert (moved.accumulation_steps, moved.kept_steps) == (steps, kept)
+    limited = state.within(NoiseConfig(max_accumulation_steps=2))
+    assert (limited.accumulation_steps, limited.kept_steps) == (2, 2)
 
 
 @pytest.mark.parametrize(
