@@ -30,7 +30,7 @@ from noiseopt.estimate import NoiseEstimate, noise_fraction
 ABOVE = math.sqrt(2)  # times what is enough, from where on a window that has grown is halved
 FAR_ABOVE = 2 * math.sqrt(2)  # the same of the user's own, and of one that follows the decay
 SLACK = 1.1  # times what the decay lets grow, to where a rate that jitters lets windows be
-SUDDEN = 0.7  # of the rate at the decision before: so low it may be the start of a warm-up
+SUDDEN = 0.7  # of the rate at the decision before: below, it may be the start of a warm-up
 LEAST_SPEED_UP = 1.05  # for which a window follows the decay, where the objective is time
 
 
@@ -121,7 +121,7 @@ def _wait(
 
 def _follow_back(config: NoiseConfig, state: ControllerState) -> Change | None:
     steps, least = state.accumulation_steps, config.min_accumulation_steps
-    enough = max(state.kept_steps, _by_decay_at_most(config, state), least)
+    enough = max(state.kept_steps, _by_decay_at_most(config, state, state.decay), least)
     follows = steps <= SLACK * state.reference_steps * state.decay
     if not config.grow_in_decay or state.phase != "warm-up" or follows or enough >= steps:
         return None
@@ -192,7 +192,7 @@ def _above(config: NoiseConfig, state: ControllerState, steps: int) -> float:
 
 def _follows_decay(config: NoiseConfig, state: ControllerState, steps: int) -> bool:
     """Whether windows of so many steps are of a length that the decay lets grow."""
-    most = _by_decay_at_most(config, state)
+    most = _by_decay_at_most(config, state, state.decay)
     return config.grow_in_decay and state.reference_steps < steps <= most
 
 
@@ -247,25 +247,30 @@ def _grow_by_noise(
     return Change("grow", larger, f"a batch of {batch:.4g} is below the {pays}")
 
 
-def _by_decay_at_most(config: NoiseConfig, state: ControllerState) -> int:
-    """The longest window that the decay lets grow."""
-    most = state.reference_steps * state.decay + 1e-9
+def _by_decay_at_most(config: NoiseConfig, state: ControllerState, decay: float) -> int:
+    """The longest window that such a decay lets grow."""
+    most = state.reference_steps * decay + 1e-9
     return math.floor(min(most, config.max_accumulation_steps))
+
+
+def _lasting_decay(state: ControllerState) -> float:
+    """The decay; of the decision before, where the rate has fallen suddenly since."""
+    if 0 < state.lr < SUDDEN * state.previous_lr:
+        return max(state.peak_lr / state.previous_lr, 1.0)
+    return state.decay
 
 
 def _grow_by_decay(
     config: NoiseConfig, state: ControllerState, noise: NoiseEstimate, price: float
 ) -> Change:
-    steps, decay = state.accumulation_steps, state.decay
+    steps, decay = state.accumulation_steps, _lasting_decay(state)
     if not config.grow_in_decay or state.lr <= 0:
         return Change("hold", steps, "growth in decay is off, or the learning rate is 0")
-    allowed = _by_decay_at_most(config, state)
+    allowed = _by_decay_at_most(config, state, decay)
     larger = min(allowed, 2 * steps)
     fell = f"the learning rate fell to 1/{decay:.2f} of its peak"
     if larger <= steps:
         return Change("hold", steps, f"{fell}: by that, a window of {allowed} at most")
-    if state.lr < SUDDEN * state.previous_lr:
-        return Change("hold", steps, f"{fell}, suddenly: growth waits for another decision")
     quicker = speed_up(price, steps, larger)
     if config.objective == "time" and quicker < LEAST_SPEED_UP:
         gained = f"windows of {larger} make a sample {quicker:.3f} times as quick"

@@ -239,11 +239,13 @@ def test_a_window_that_follows_the_decay_is_kept_for_longer(lr, action):
     assert proposed(config, enough, **changes)[0] == action
 
 
-@pytest.mark.parametrize(("previous", "action"), [(0.35, "grow"), (0.36, "hold")])
-def test_where_the_rate_falls_suddenly_growth_waits(previous, action):
-    """It may be the start of a warm-up: 0.25 is 0.7 times 0.357."""
-    assert proposed(BY_DECAY, lr=0.25, previous_lr=previous)[0] == action
-    assert proposed(BY_DECAY, lr=0.25)[0] == "grow"
+@pytest.mark.parametrize(
+    ("lr", "previous", "steps"),
+    [(0.5, 0.71, 8), (0.5, 0.72, 5), (0.01, 0.5, 8), (0.01, 0.9, 4), (0.01, 1.0, 4)],
+)
+def test_where_the_rate_falls_suddenly_growth_goes_by_the_decision_before(lr, previous, steps):
+    """It may be the start of a warm-up: 0.5 is 0.7 times 0.714."""
+    assert proposed(BY_DECAY, lr=lr, previous_lr=previous)[1] == steps
 
 
 @pytest.mark.parametrize(("lr", "steps"), [(0.26, 16), (0.27, 16), (0.28, 14)])
