@@ -62,9 +62,9 @@ class NoiseConfig:
         decay_noise_fraction: in decay, the noise fraction's lower bound that growth requires. Of
             the norm in which Adam steps, noise is a larger part than of the plain one.
         shrink: halve the window when the batch lies above both the noise scale and what pays; where
-            the objective is time, above what pays. It takes a factor of sqrt(2) where the window
-            has grown, and of twice that where it follows a falling learning rate, or is the first
-            or a shorter one; then by the noise scale's upper bound.
+            the objective is time, above what pays. A window that has grown is halved from sqrt(2)
+            times that on, or from 2 sqrt(2) while it follows a falling learning rate; the first
+            window, or a shorter one, from 2 sqrt(2) times what the scale's upper bound says.
         dwell_fraction: the least distance of growth by the noise, or of shrinking, from the last
             such change, as a share of the samples seen.
         dwell_updates: the same in updates, and before the first change too; the longer of the two
