@@ -26,8 +26,8 @@ MAX_NORM = 1.0  # where all arms clip; ours may do so at a lower norm
 ABLATIONS: dict[str, dict[str, Any]] = {
     "auto-without-lr": {"adapt_lr": False},
     "auto-without-beta1": {"adapt_beta1": False},
-    "auto-without-beta2": {"adapt_beta2": False},
     "auto-without-growth-in-decay": {"grow_in_decay": False},
+    "auto-with-beta2": {"adapt_beta2": True},
     "auto-with-weight-decay": {"adapt_weight_decay": True},
     "auto-without-clip": {"adapt_clip": False},
     "auto-without-probes": {"probe_interval": 0},

@@ -76,7 +76,8 @@ class NoiseConfig:
             for SGD: growth beyond it cools, as a lower rate would.
         adapt_beta1: keep the distance over which Adam's first moment averages, half-life times
             learning rate.
-        adapt_beta2: keep the half-life of Adam's second moment in samples.
+        adapt_beta2: keep the half-life of Adam's second moment in samples; off, since losses were
+            no higher without it (`benchmarks/convergence`).
         min_beta2: the least beta2 that this may lead to.
         adapt_weight_decay: keep the timescale of decoupled weight decay in samples; off, since
             losses were lower without it (`benchmarks/convergence`).
@@ -124,7 +125,7 @@ class NoiseConfig:
     adapt_lr: bool = True
     max_lr_factor: float | None = None
     adapt_beta1: bool = True
-    adapt_beta2: bool = True
+    adapt_beta2: bool = False
     min_beta2: float = 0.9
     adapt_weight_decay: bool = False
     verify: bool = True

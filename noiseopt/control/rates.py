@@ -44,7 +44,7 @@ class Rates:
         lr: factor on the learning rate.
         beta1: exponent on Adam's beta1; as the factor on the learning rate it keeps the distance
             over which the first moment averages.
-        beta2: exponent on beta2, which keeps its half-life in samples.
+        beta2: exponent on beta2; the batch's growth keeps its half-life in samples.
         weight_decay: factor on decoupled weight decay, which keeps its timescale in samples.
     """
 

@@ -12,7 +12,7 @@ class NoiseAwareAdamW(NoiseAware, AdamW):
 
     Takes every argument of `torch.optim.AdamW`, then `noise` and `process_group`; `NoiseAware` says
     what these mean and what it offers. Its learning rate follows the square root of AdaScale's
-    gain, and beta1 the learning rate; beta2 keeps its half-life in samples.
+    gain, and beta1 the learning rate.
     """
 
 

@@ -21,6 +21,7 @@ GROWING = {
     "dwell_fraction": 0.0,
     "update_price": 1e12,
     "max_accumulation_steps": 4,
+    "adapt_beta2": True,
     "verify": False,
 }
 

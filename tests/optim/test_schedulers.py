@@ -53,7 +53,9 @@ every_scheduler = pytest.mark.parametrize(
 
 def grown(optimizer_class, model, **kwargs):
     """An optimizer whose window has grown to two, and the factor that it puts on the rate."""
-    config = NoiseConfig(max_accumulation_steps=WINDOW, decision_interval=10**6, adapt_clip=False)
+    config = NoiseConfig(
+        max_accumulation_steps=WINDOW, decision_interval=10**6, adapt_beta2=True, adapt_clip=False
+    )
     optimizer = optimizer_class(model.parameters(), noise=config, **kwargs)
     state = optimizer.state_dict()
     state["param_groups"][0]["noise"] |= {"accumulation_steps": WINDOW, "noise_ratio": 10.0}

@@ -197,6 +197,7 @@ def with_factor(optimizer_class, model, steps=2, noise_ratio=10.0, adapt_beta1=T
         decision_interval=10**6,
         adapt_clip=False,
         adapt_beta1=adapt_beta1,
+        adapt_beta2=True,
     )
     optimizer = optimizer_class(model.parameters(), noise=config, **kwargs)
     state = optimizer.state_dict()
@@ -244,8 +245,8 @@ NEEDS_DECOUPLED = pytest.mark.skipif(
 )
 SWITCHES = [
     {},
-    *({name: False} for name in ("adapt_lr", "adapt_beta1", "adapt_beta2")),
-    {"adapt_weight_decay": True},
+    *({name: False} for name in ("adapt_lr", "adapt_beta1")),
+    *({name: True} for name in ("adapt_beta2", "adapt_weight_decay")),
 ]
 
 
@@ -293,7 +294,7 @@ def test_a_grown_window_updates_at_the_decided_rates(name, switches, kernel):
     assert (lengths[0], lengths[-1]) == (2, 8)
     rates = optimizer.decision.rates
     assert rates.beta1 == (1.0 if "adapt_beta1" in switches else rates.lr)
-    assert rates.beta2 == (1.0 if "adapt_beta2" in switches else 4.0)
+    assert rates.beta2 == (4.0 if "adapt_beta2" in switches else 1.0)
     assert (rates.lr == 1.0) == ("adapt_lr" in switches)
     expected = 4.0 / rates.lr if "adapt_weight_decay" in switches else 1.0
     assert rates.weight_decay == pytest.approx(expected)

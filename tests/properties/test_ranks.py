@@ -74,7 +74,7 @@ def test_a_window_that_was_not_applied_used_nothing():
 
 def learned(ranks, steps, windows=80):
     """A controller that has seen windows of so many micro-batches on each of so many ranks."""
-    config = NoiseConfig(accumulation_steps=steps, samples_per_micro_batch=4.0)
+    config = NoiseConfig(accumulation_steps=steps, samples_per_micro_batch=4.0, adapt_beta2=True)
     count = ranks * steps
     norms = WindowNorms((9.0,), (4.0 + 5.0 / count,), 4.0, 4.0 * count, count, 4.0 * count)
     controller = Controller.create(config, sqrt_gain)

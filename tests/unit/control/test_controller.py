@@ -362,7 +362,7 @@ def test_the_rates_follow_the_rule_and_keep_their_timescales(noise_ratio, steps)
 
     That of beta1 is the learning rate's factor.
     """
-    scaled = at_ratio(noise_ratio, adapt_weight_decay=True)
+    scaled = at_ratio(noise_ratio, adapt_beta2=True, adapt_weight_decay=True)
     rates, kappa = scaled.rates(steps), steps / 4
     assert rates.lr == pytest.approx(min(max(sqrt_gain(kappa, noise_ratio), 0.5), 2))
     assert rates.lr * rates.weight_decay == pytest.approx(kappa)
@@ -378,16 +378,17 @@ def test_the_learning_rate_factor_is_capped_both_ways():
 
 @pytest.mark.parametrize(("rule", "most"), [(sqrt_gain, 2.0), (adascale_gain, 4.0)])
 def test_the_learning_rate_follows_a_batch_four_times_as_large_unless_told(rule, most):
-    followed, further = (at_ratio(math.inf, rule).rates(4 * growth) for growth in (4, 64))
+    noisy = at_ratio(math.inf, rule, adapt_beta2=True)
+    followed, further = (noisy.rates(4 * growth) for growth in (4, 64))
     assert followed.lr == further.lr == further.beta1 == most
     assert further.beta2 == 64
-    assert at_ratio(math.inf, rule).rates(1).lr == 1 / most
+    assert noisy.rates(1).lr == 1 / most
 
 
 def test_each_rate_has_its_switch():
-    assert at_ratio(3.0, adapt_lr=False).rates(8) == Rates(lr=1.0, beta2=2.0, weight_decay=1.0)
+    assert at_ratio(3.0, adapt_lr=False).rates(8) == Rates()
     assert at_ratio(3.0, adapt_beta1=False).rates(8).beta1 == 1.0
-    assert at_ratio(3.0, adapt_beta2=False).rates(8).beta2 == 1.0
+    assert at_ratio(3.0, adapt_beta2=True).rates(8).beta2 == 2.0
     scaled = at_ratio(3.0, adapt_lr=False, adapt_weight_decay=True)
     assert scaled.rates(8).weight_decay == 2.0
 
