@@ -31,6 +31,8 @@ from noiseopt.control import (
     to_saved,
 )
 from noiseopt.distributed import Ranks
+from noiseopt.estimate import NoiseEstimate
+from noiseopt.loop_checks import StandstillCheck
 from noiseopt.observers import Observer, tell
 from noiseopt.told import Losses, SampleCounts
 
@@ -113,6 +115,11 @@ class Adaptation:
         return self._controller.state
 
     @property
+    def noise(self) -> NoiseEstimate | None:
+        """The estimate of the latest decision, or of the state that was loaded since."""
+        return self.decisions[-1].noise if self.decisions else self._controller.estimate()
+
+    @property
     def num_groups(self) -> int:
         """How many parameter groups are measured."""
         return len(self.groups)
@@ -137,6 +144,7 @@ class Adaptation:
         """Take part with these ranks from the open window on, which must be empty."""
         before = self._controller.state
         self.ranks, self._agreement = ranks, Agreement(ranks, self._tell_error)
+        self._standstill = StandstillCheck(ranks)
         self._controller = self._controller.on_ranks(ranks.data)
         self._open_window()
         if before.num_ranks not in (0, ranks.data):
@@ -191,6 +199,11 @@ class Adaptation:
     def report_loss(self, loss: float | Tensor) -> None:
         """Give the mean loss of the micro-batch; a tensor is not read before the next decision."""
         self._losses.tell(loss)
+
+    @property
+    def hears_losses(self) -> bool:
+        """Whether the loop has reported a loss."""
+        return self._losses.are_told
 
     @property
     def tells_samples(self) -> bool:
@@ -283,6 +296,7 @@ class Adaptation:
         for window in read_rows(rows, self.ranks.data):
             self._controller = self._controller.learn(window)
             self._windows.append(window)
+            self._standstill.see(window.applied)
 
     def shorten(self, steps: int, taken: int) -> None:
         """Let the open window, of which so many were taken, be shorter than was decided."""

@@ -1,4 +1,4 @@
-"""Warnings of a loop that does not bring what the measurement rests on, each once."""
+"""Warnings of a loop that does not bring what measuring and training rest on."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,12 @@ from noiseopt.capture import BackwardCapture
 from noiseopt.distributed import Ranks
 
 SHORT_WINDOWS = 8  # in a row, before a loop is taken not to follow
+STANDSTILL = 20  # windows in a row without an update; a GradScaler finds its scale in fewer
 SHRUNK = 2.0**-10  # a GradScaler starts from 2^16; clipping rarely takes so much
 
 
 class LoopChecks:
-    """What was seen of a loop, and whether it was told.
+    """What was seen of a loop, and whether it was told; each is told once.
 
     Args:
         ranks: those that warn as one.
@@ -93,3 +94,25 @@ class LoopChecks:
         if kind not in self._told:
             self._told.add(kind)
             self._ranks.warn(text)
+
+
+class StandstillCheck:
+    """Warns of a run that has stopped to learn, once each time.
+
+    Args:
+        ranks: those that warn as one.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._windows = 0  # without an update, the latest in a row
+
+    def see(self, applied: bool) -> None:
+        """Take in whether a window ended in an update."""
+        self._windows = 0 if applied else self._windows + 1
+        if self._windows == STANDSTILL:
+            self._ranks.warn(
+                f"the last {STANDSTILL} windows ended without an update, since no gradient in them "
+                "was finite: the weights stand still; look for inf or nan in the data, the loss "
+                "and the weights, and lower the learning rate or the loss scale"
+            )

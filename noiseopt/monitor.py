@@ -6,6 +6,7 @@ gradient, and closes the window when the optimizer steps. What it decides is car
 schedulers of `noiseopt.schedulers`, or by the loop itself.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class NoiseMonitor(NoiseReadings):
         optimizer: the optimizer.
 
     Raises:
-        TypeError: the optimizer measures its noise by itself.
+        TypeError: the optimizer is none of torch's, or measures its noise by itself.
         ValueError: an argument is out of range.
 
     Example:
@@ -61,6 +62,11 @@ class NoiseMonitor(NoiseReadings):
         grad_scaler: GradScaler | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"the optimizer is a {type(optimizer).__name__}: give the monitor the torch "
+                "optimizer that trains the model"
+            )
         if isinstance(optimizer, NoiseAware):
             raise TypeError(
                 f"{type(optimizer).__name__} measures its noise by itself: use its own readings, "
@@ -148,6 +154,12 @@ class NoiseMonitor(NoiseReadings):
             raise ValueError(
                 "the state lacks 'monitor.micro_batches': it is not of a NoiseMonitor; load what "
                 "NoiseMonitor.state_dict() returned"
+            )
+        if self._num_taken:
+            warnings.warn(
+                f"a state is loaded inside a window: the {self._num_taken} micro-batches that it "
+                "has had are not measured; load right after an update to lose nothing",
+                stacklevel=2,
             )
         self._adaptation.load_numbers(state_dict)
         self._micro_batches = int(state_dict["monitor.micro_batches"])

@@ -15,8 +15,11 @@ class NoiseReadings:
 
     @property
     def noise(self) -> NoiseEstimate | None:
-        """The estimate of the latest decision; None while it is unknown, or in mode "off"."""
-        return self.decision.noise if self.decision else None
+        """The estimate of the latest decision; None while it is unknown, or in mode "off".
+
+        After a state was loaded it is what that says, until the next decision.
+        """
+        return self._adaptation.noise if self._adaptation else None
 
     @property
     def decision(self) -> Decision | None:

@@ -77,9 +77,16 @@ class NoiseAwareLR(LRScheduler):
         ]
 
     @property
-    def last_epoch(self) -> int:  # type: ignore[override]
+    def last_epoch(self) -> int:
         """How far the user's schedule has advanced: by micro-batches."""
         return self._advanced if self.scheduler is None else self.scheduler.last_epoch
+
+    @last_epoch.setter
+    def last_epoch(self, value: int) -> None:
+        raise TypeError(
+            "NoiseAwareLR has no schedule of its own for another scheduler, such as SequentialLR, "
+            "to run: give that one to NoiseAwareLR(monitor, scheduler)"
+        )
 
     @property
     def base_lrs(self) -> list[Any]:  # type: ignore[override]

@@ -89,9 +89,14 @@ class SampleCounts:
 
 
 class Losses:
-    """Mean losses of the open window's micro-batches."""
+    """Mean losses of the open window's micro-batches.
+
+    Attributes:
+        are_told: whether there ever was one.
+    """
 
     def __init__(self) -> None:
+        self.are_told = False
         self._told: list[Tensor] = []
         self._kept: list[Tensor] = []
 
@@ -107,6 +112,7 @@ class Losses:
             self._told.append(loss.detach().reshape(()))
         else:
             raise ValueError(f"the loss has shape {tuple(loss.shape)}: report one number")
+        self.are_told = True
 
     def keep(self) -> None:
         """Keep the latest, of the micro-batch that is taken now: others were thrown away."""

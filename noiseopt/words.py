@@ -12,11 +12,19 @@ def describe(adaptation: Adaptation, num_params: int) -> str:
         f"{'rank' if ranks == 1 else 'ranks'}, window of {adaptation.steps}"
         f" ({config.accumulation} accumulation, at most {config.max_accumulation_steps})"
     )
-    noise = adaptation.decisions[-1].noise if adaptation.decisions else None
+    if _lacks_losses(adaptation):
+        line += "; no loss reported yet (report_loss), without which no change is verified"
+    noise = adaptation.noise
     if noise is None:
         return f"{line}; {unknown(config, adaptation.state)}"
     low, high = noise.scale_interval
-    return f"{line}, noise scale {noise.scale:.4g} [{low:.4g}, {high:.4g}] {noise.unit}"
+    return f"{line}; noise scale {noise.scale:.4g} [{low:.4g}, {high:.4g}] {noise.unit}"
+
+
+def _lacks_losses(adaptation: Adaptation) -> bool:
+    config = adaptation.config
+    changes = config.min_accumulation_steps < config.max_accumulation_steps
+    return adaptation.acts and config.verify and changes and not adaptation.hears_losses
 
 
 def can_measure(adaptation: Adaptation) -> bool:

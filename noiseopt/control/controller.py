@@ -156,6 +156,11 @@ class Controller:
             return steps * state.estimator.samples_seen / state.micro_batches
         return steps * max(state.num_ranks, 1) * (self.config.samples_per_micro_batch or 1.0)
 
+    def estimate(self) -> NoiseEstimate | None:
+        """The noise by what was learned so far; None while it is unknown."""
+        batch = self.batch(self.state.accumulation_steps)
+        return self.state.estimator.estimate(batch, self.config.confidence, self.state.unit)
+
     def learn(self, window: Window) -> "Controller":
         """Take in one window."""
         if window.ranks != self.state.num_ranks:
@@ -203,7 +208,7 @@ class Controller:
         """
         loss = self.state.loss_sum / self.state.loss_count if self.state.loss_count else None
         here = self._observe(lr, loss, seconds)
-        state, noise = here.state, here._estimate()
+        state, noise = here.state, here.estimate()
         costs = state.timing.costs if state.timing else None
         change = propose(self.config, state, noise, costs)
         decided = here._follow(change, noise)
@@ -260,10 +265,6 @@ class Controller:
             decided_at_samples=samples,
             timing=state.timing.decided(seconds) if state.timing else None,
         )
-
-    def _estimate(self) -> NoiseEstimate | None:
-        batch = self.batch(self.state.accumulation_steps)
-        return self.state.estimator.estimate(batch, self.config.confidence, self.state.unit)
 
     def _tokens(self) -> float | None:
         tokens = self.config.tokens_per_sample

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from noiseopt.adaptation import Adaptation
 from noiseopt.control import NoiseConfig, group_names
 from noiseopt.distributed import Ranks
-from noiseopt.optim.checks import check_group
+from noiseopt.optim.checks import check_group, check_state
 from noiseopt.optim.collector import GradientCollector
 from noiseopt.optim.hyper import UPDATES, start_numbers
 from noiseopt.readings import NoiseReadings
@@ -65,10 +65,23 @@ class SavesNoise(NoiseReadings, Optimizer):
         Raises:
             ValueError: it does not fit; nothing has been changed then.
         """
-        groups = state_dict["param_groups"]
-        if self._adaptation and groups and "version" in groups[0].get("noise", {}):
-            self._adaptation.check_numbers(groups[0]["noise"])
+        if self._adaptation:
+            self._check_loaded(self._adaptation, state_dict)
         super().load_state_dict(state_dict)
+
+    def _check_loaded(self, adaptation: Adaptation, state_dict: dict[str, Any]) -> None:
+        if not self._optimizer_load_state_dict_pre_hooks:  # they may make it fit
+            check_state(self, state_dict)
+        for group in state_dict["param_groups"][:1]:
+            if "version" in group.get("noise", {}):
+                adaptation.check_numbers(group["noise"])
+        if len(self._collector):
+            warnings.warn(
+                f"a state is loaded inside a window: the {len(self._collector)} micro-batches of "
+                f"{self.accumulation_steps} that it has had are left out of every update; load "
+                "where optimizer.applied is true, or before training, to lose nothing",
+                stacklevel=3,
+            )
 
     def _publish(self) -> None:
         """Write the numbers into the groups, where every checkpointer finds them."""

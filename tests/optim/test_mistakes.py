@@ -68,6 +68,32 @@ def test_torchs_own_arguments_are_refused_in_torchs_words(kwargs, noise):
     assert errors[0] == errors[1]
 
 
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "eps"])
+def test_rates_of_a_group_are_checked_as_those_of_all(name, value):
+    """torch looks at the defaults alone."""
+    words = f"{name}={value!r}: it must be finite and not negative"
+    groups = [{"params": build().parameters(), name: value}]
+    with pytest.raises(ValueError, match=words):
+        NoiseAwareAdamW(groups)
+    optimizer = NoiseAwareAdamW(build().parameters())
+    with pytest.raises(ValueError, match=words):
+        optimizer.add_param_group({"params": build().parameters(), name: value})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_rate_that_becomes_nan_is_refused_before_it_reaches_the_weights():
+    model = build()
+    optimizer = NoiseAwareAdamW(model.parameters(), noise=advise(1))
+    train(model, optimizer, draw(3))
+    before = params_of(model)
+    optimizer.param_groups[0]["lr"] = math.nan
+    with pytest.raises(RuntimeError, match="the learning rate of group 0 is nan"):
+        train(model, optimizer, draw(1))
+    assert same_bits(params_of(model), before)
+    assert optimizer.num_updates == 3
+
+
 @pytest.mark.parametrize("noise", ["off", "advise", "auto"])
 def test_no_parameters_are_refused_in_torchs_words(noise):
     with pytest.raises(ValueError, match="empty parameter list"):
@@ -125,10 +151,23 @@ def short(state):
     del numbers_of(state)["estimator.average.trace"]
 
 
+def of_another_model(state):
+    state["state"][2]["exp_avg"] = torch.zeros(7, 8, dtype=torch.float64)
+
+
+def of_another_optimizer(state):
+    del state["param_groups"][0]["betas"], state["param_groups"][0]["eps"]
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
-    [(older, "version 0, this is version"), (short, "lacks 'estimator.average.trace'")],
-    ids=["version", "shape"],
+    [
+        (older, "version 0, this is version"),
+        (short, "lacks 'estimator.average.trace'"),
+        (of_another_model, r"exp_avg of parameter 2 of group 0 has shape \(7, 8\) .*\(3, 8\)"),
+        (of_another_optimizer, "group 0 of the state has no betas, eps: it is not of NoiseAware"),
+    ],
+    ids=["version", "numbers", "model", "optimizer"],
 )
 def test_a_state_that_does_not_fit_changes_nothing(spoil, words):
     """Neither weights nor moments nor numbers, and the run goes on as if it had not been tried."""
@@ -137,7 +176,10 @@ def test_a_state_that_does_not_fit_changes_nothing(spoil, words):
     reference = NoiseAwareAdamW(other.parameters(), noise=growing())
     train(model, optimizer, draw(30))
     train(other, reference, draw(30))
-    spoilt = NoiseAwareAdamW(build().parameters(), lr=0.5, noise=growing()).state_dict()
+    third = build()
+    source = NoiseAwareAdamW(third.parameters(), lr=0.5, noise=growing())
+    train(third, source, draw(30, seed=3))
+    spoilt = copy.deepcopy(source.state_dict())
     spoil(spoilt)
     moments = [tensor.clone() for tensor in state_tensors(optimizer)]
     groups = copy.deepcopy(optimizer.param_groups)
@@ -150,6 +192,23 @@ def test_a_state_that_does_not_fit_changes_nothing(spoil, words):
     train(other, reference, draw(30, seed=2))
     assert same_bits(params_of(model), params_of(other))
     assert optimizer.decisions == reference.decisions
+
+
+def test_a_hook_may_make_a_state_fit():
+    model = build()
+    optimizer = NoiseAwareAdamW(model.parameters(), noise=advise(1))
+    train(model, optimizer, draw(3))
+    state = copy.deepcopy(optimizer.state_dict())
+    right = state["state"][2]["exp_avg"]
+
+    def mend(optimizer, state_dict):
+        state_dict["state"][2]["exp_avg"] = right
+        return state_dict
+
+    of_another_model(state)
+    optimizer.register_load_state_dict_pre_hook(mend)
+    optimizer.load_state_dict(state)
+    assert same_bits([optimizer.state[model[2].weight]["exp_avg"]], [right])
 
 
 def test_a_state_of_another_number_of_groups_is_refused_in_torchs_words():

@@ -227,3 +227,23 @@ def test_a_run_with_bad_micro_batches_here_and_there_keeps_its_statistics():
     low, high = clean.scale_interval
     assert low < dirty.scale < high
     assert optimizer.decision.total_skipped == len(range(0, 400, 7))
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_a_run_that_stands_still_says_so_once_each_time(kernel, caplog):
+    model = build(torch.float32)
+    optimizer = NoiseAwareAdamW(model.parameters(), noise=fixed(1), **kernel)
+    batches = draw(100, dtype=torch.float32)
+    bad = [spoilt(batch, math.nan) for batch in batches]
+
+    def warnings():
+        return [r.getMessage() for r in caplog.records if "stand still" in r.getMessage()]
+
+    take(model, optimizer, batches[:3] + bad[:10] + batches[3:30] + bad[10:25])
+    assert not warnings()
+    take(model, optimizer, bad[25:85])
+    assert len(warnings()) == 1
+    assert "the last 20 windows ended without an update" in warnings()[0]
+    assert optimizer.num_updates == 30
+    take(model, optimizer, batches[30:31] + bad[:40])
+    assert len(warnings()) == 2

@@ -71,7 +71,8 @@ def test_a_plain_state_begins_the_record_anew(path):
     optimizer = started(path, model)
     train(model, optimizer, draw(40))
     plain = torch.optim.AdamW(model.parameters())
-    optimizer.load_state_dict(plain.state_dict())
+    with pytest.warns(UserWarning, match="loaded inside a window"):
+        optimizer.load_state_dict(plain.state_dict())
     with pytest.warns(RuntimeWarning, match="a run begins where"):
         train(model, optimizer, draw(40))
     assert updates(assert_tells_all(path, optimizer.decisions))[0] == 5
@@ -162,7 +163,8 @@ def test_plain_functions_observe_as_before():
     optimizer.add_observer(seen.append)
     state = optimizer.state_dict()
     train(model, optimizer, draw(20))
-    optimizer.load_state_dict(state)
+    with pytest.warns(UserWarning, match="loaded inside a window"):
+        optimizer.load_state_dict(state)
     train(model, optimizer, draw(20))
     assert [decision.num_updates for decision in seen[:2]] == [5, 10]
     assert seen[-len(optimizer.decisions)] is optimizer.decisions[0]

@@ -1,8 +1,10 @@
 """What it costs while it runs, and what it says: memory, log line, repr, observers, metrics."""
 
+import copy
 import gc
 import logging
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -102,7 +104,8 @@ def test_a_load_frees_the_buffer():
     state = NoiseAwareAdamW(model.parameters(), noise=advise(4)).state_dict()
     optimizer = NoiseAwareAdamW(model.parameters(), noise=advise(4))
     train(model, optimizer, draw(2))
-    optimizer.load_state_dict(state)
+    with pytest.warns(UserWarning, match="loaded inside a window"):
+        optimizer.load_state_dict(state)
     assert optimizer._collector.nbytes == 0
 
 
@@ -168,6 +171,37 @@ def test_repr_shows_torchs_groups_and_the_estimate():
     assert "noise unknown" in unknown
     assert f"noise scale {optimizer.noise.scale:.4g} [" in known
     assert "noise off" in repr(NoiseAwareAdamW(model.parameters(), noise="off"))
+
+
+def test_what_a_state_knows_is_known_after_loading_it(caplog):
+    caplog.set_level(logging.INFO, logger="noiseopt")
+    model, other = build(), build()
+    optimizer = NoiseAwareAdamW(model.parameters(), noise=fixed(4))
+    train(model, optimizer, draw(4 * 5 * 8))
+    resumed = NoiseAwareAdamW(other.parameters(), noise=fixed(4))
+    assert resumed.noise is None
+    resumed.load_state_dict(optimizer.state_dict())
+    words = f"noise scale {optimizer.noise.scale:.4g} ["
+    for known in (resumed, copy.deepcopy(resumed)):
+        assert known.noise == optimizer.noise
+        assert words in repr(known)
+    caplog.clear()
+    train(other, resumed, draw(4))
+    assert words in caplog.text
+
+
+def test_losses_that_are_not_reported_are_named_where_changes_were_to_be_verified():
+    def shown(noise, loss=None):
+        optimizer = NoiseAwareAdamW(build().parameters(), noise=noise)
+        if loss is not None:
+            optimizer.report_loss(loss)
+        return "no loss reported yet" in repr(optimizer)
+
+    assert shown(growing(verify=True))
+    assert not shown(growing(verify=True), loss=1.0)
+    assert not shown(growing(verify=False))
+    assert not shown(advise(4))
+    assert not shown(replace(growing(verify=True), max_accumulation_steps=1))
 
 
 def test_repr_of_a_group_leaves_the_numbers_where_they_are():

@@ -7,7 +7,7 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim import SGD, AdamW
-from torch.optim.lr_scheduler import LambdaLR, StepLR
+from torch.optim.lr_scheduler import LambdaLR, SequentialLR, StepLR
 
 from noiseopt import NoiseAwareAdamW
 from noiseopt.control import NoiseConfig
@@ -188,6 +188,8 @@ def test_a_window_whose_step_the_scaler_skips_is_forgotten_and_its_batches_still
 def test_what_cannot_work_is_refused_with_a_remedy():
     model = build()
     plain = SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="is a Sequential: give the monitor the torch optimizer"):
+        NoiseMonitor(build())
     with pytest.raises(TypeError, match="use its own readings"):
         NoiseMonitor(NoiseAwareAdamW(model.parameters()))
     with pytest.raises(ValueError, match="leave it out"):
@@ -279,3 +281,20 @@ def test_a_checkpoint_loaded_after_the_schedule_was_built_counts():
     )
     assert schedule.last_epoch == schedule.scheduler.last_epoch
     assert schedule.base_lrs == [LR]
+
+
+def test_another_scheduler_cannot_run_ours_and_says_what_to_do():
+    optimizer, _, ours, _ = attach(build(), fixed(2))
+    theirs = StepLR(optimizer, 3)
+    with pytest.raises(TypeError, match=r"give that one to NoiseAwareLR\(monitor, scheduler\)"):
+        SequentialLR(optimizer, [ours, theirs], milestones=[4])
+
+
+def test_a_load_inside_a_window_is_warned_of():
+    model = build()
+    _, monitor, _, _ = attach(model, fixed(3))
+    state = monitor.state_dict()
+    for batch in draw(2):
+        loss_of(model, batch).backward()
+    with pytest.warns(UserWarning, match="the 2 micro-batches that it has had are not measured"):
+        monitor.load_state_dict(state)
