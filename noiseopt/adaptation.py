@@ -286,6 +286,9 @@ class Adaptation:
         if self.ranks.all > 1:
             self._agreement.set_state(self._common_state())
         self.decisions.append(decision)
+        noise, steps = decision.noise, decision.accumulation_steps
+        if noise is not None and noise.count >= self.config.min_count:
+            self._agreement.see_noise(noise, decision.batch / steps / decision.ranks)
 
     def _learn(self, together: bool = False) -> None:
         """Take in every queued row. This waits for the device."""

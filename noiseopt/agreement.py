@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from noiseopt.capture import ENDED, Row, as_tensor, device_of, squared_norms
 from noiseopt.distributed import DIGESTS, Ranks, ddp_around, digest, refuse_join, spread
+from noiseopt.estimate import NoiseEstimate
 
 TOLERANCE = 1e-12  # of the relative variance of the mean gradient's squared norm
 SAME = 1e-14  # what rounding leaves of the relative variance of equal numbers
+SUSPECT = 0.02  # noise over a micro-batch's squared gradient
 WINDOWS_TO_BE_SURE = 3
 WINDOWS_AT_ONCE = 20  # of a run's first; mistakes in a loop show there
 CHECKS = 4  # numbers that show whether ranks go together
@@ -53,6 +55,7 @@ class Agreement:
         self._end: Callable[[], None] | None = None
         self._with_same_data = 0
         self._with_same_randomness = 0
+        self._with_like_data = False
 
     def see_ranks(
         self, groups: Sequence[Sequence[Tensor]], process_group: dist.ProcessGroup | None
@@ -65,7 +68,9 @@ class Agreement:
         if Ranks.of(groups, process_group) != self.ranks:
             raise RuntimeError(
                 f"the optimizer was built for {self.ranks.all} rank(s) and now there are others: "
-                "call torch.distributed.init_process_group() and fully_shard() before building it"
+                "call torch.distributed.init_process_group() and fully_shard() before building it; "
+                "and wrap the model in DDP before, or pass the optimizer a process_group, where "
+                "DDP averages over some ranks only"
             )
         if self.ranks.all > 1:
             self.ddp_around(groups)
@@ -201,10 +206,13 @@ class Agreement:
                     f"norm {mean:.2g}): the backward ran without synchronisation, for instance "
                     "under no_sync() or on a model that is not wrapped; synchronise the "
                     "gradients, run each forward and backward inside optimizer.accumulate(model), "
-                    "or pass a process_group of the ranks that share them"
+                    "or pass a process_group of the ranks that share them; updates may have been "
+                    "made with them already: go on from a checkpoint"
                 )
             if state > SAME:
                 self._stop_for_state(together)
+            if self.ranks.data == 1:  # of one model's parts each sees the same
+                continue
             if not math.isnan(sums[0]):  # as in a window that is not measured
                 self._watch_data(local < SAME and sums[0] > 0)
             self._watch_randomness(drawn < SAME and sums[3] > 0)
@@ -216,7 +224,7 @@ class Agreement:
         raise RuntimeError(f"ranks disagree on {what}")
 
     def _watch_data(self, same: bool) -> None:
-        self._with_same_data = self._with_same_data + 1 if same else 0
+        self._with_same_data = _in_a_row(self._with_same_data, same)
         if self._with_same_data == WINDOWS_TO_BE_SURE:
             self.ranks.warn(
                 f"the gradients of all {self.ranks.data} ranks are the same before they are "
@@ -224,14 +232,40 @@ class Agreement:
                 "own part, for instance by a DistributedSampler"
             )
 
+    def see_noise(self, noise: NoiseEstimate, micro_batch: float) -> None:
+        """Warn, once, where noise is so small a part of a micro-batch's gradient as to be suspect.
+
+        Ranks that see the same data, each with its own dropout, measure that alone.
+
+        Args:
+            noise: as it is known.
+            micro_batch: the samples of one on one rank.
+        """
+        part = noise.scale_upper / (noise.scale_upper + micro_batch)
+        told = self._with_like_data or self._with_same_data >= WINDOWS_TO_BE_SURE
+        if self.ranks.data > 1 and part < SUSPECT and not told:
+            self._with_like_data = True
+            self.ranks.warn(
+                f"noise is at most {part:.2g} of a micro-batch's squared gradient: the ranks see "
+                "nearly the same data, which each should have a part of, for instance by a "
+                f"DistributedSampler; or micro-batches of {micro_batch:.4g} {noise.unit} are far "
+                f"larger than the noise asks for, which is {noise.scale_upper:.3g} at most"
+            )
+
     def _watch_randomness(self, same: bool) -> None:
-        self._with_same_randomness = self._with_same_randomness + 1 if same else 0
+        self._with_same_randomness = _in_a_row(self._with_same_randomness, same)
         if self._with_same_randomness == WINDOWS_TO_BE_SURE:
             self.ranks.warn(
-                f"all {self.ranks.data} ranks draw the same random numbers: dropout masks and "
+                f"all {self.ranks.all} ranks draw the same random numbers: dropout masks and "
                 "augmentations are the same on each, and pass for signal; after the model is "
-                "built, seed each rank differently, as by torch.manual_seed(seed + rank)"
+                "built, seed each rank that sees other data differently, as by "
+                "torch.manual_seed(seed + rank)"
             )
+
+
+def _in_a_row(windows: int, same: bool) -> int:
+    """How many windows in a row had it, which goes on to count from where that was told."""
+    return windows + 1 if same or windows >= WINDOWS_TO_BE_SURE else 0
 
 
 def starting_facts(groups: Sequence[Sequence[Tensor]], ranks: Ranks) -> dict[str, object]:

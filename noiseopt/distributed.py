@@ -8,7 +8,7 @@ import gc
 import logging
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import compress
@@ -66,8 +66,8 @@ class Ranks:
 
         Args:
             groups: the optimizer's parameters.
-            process_group: the data-parallel ranks, where no mesh says so; the default group if
-                None.
+            process_group: the data-parallel ranks, where no mesh says so; if None, those over
+                which DDP averages, and without DDP the default group.
 
         Raises:
             ValueError: parameters are averaged over different ranks, or `process_group`
@@ -77,8 +77,9 @@ class Ranks:
         managed = {slot[2] for _, slots in unsharded_leaves(params) for slot in slots}
         layouts = {_layout(param, param in managed) for param in params if is_sharded(param)}
         if not layouts:
-            data = world_size(process_group)
-            return cls(data, groups=(process_group,) if data > 1 else ())
+            group = process_group or _ddp_group(groups)
+            data = world_size(group)
+            return cls(data, groups=(group,) if data > 1 else ())
         sizes = {layout.data for layout in layouts if layout.data}
         if len({layout.averaged_over for layout in layouts if layout.data}) > 1:
             raise ValueError(
@@ -143,10 +144,11 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
+            uneven = "NoiseConfig(gradients='local') and flush() on every rank"
             raise RuntimeError(
                 f"rank {dist.get_rank()} waited in vain for the {self.all - 1} others in {what}: "
                 "one of them has stopped, raised, or brought fewer micro-batches (uneven data "
-                f"takes NoiseConfig(gradients='local') and flush() on every rank): {error}"
+                f"takes {'as many micro-batches on each' if self.sharded else uneven}): {error}"
             ) from error
 
     def sum_gradients_(self, grads: Sequence[Tensor], what: str) -> None:
@@ -180,7 +182,8 @@ class Ranks:
         """
         for group in self.groups:
             told: list[Mapping[str, Any]] = [{}] * dist.get_world_size(group)
-            dist.all_gather_object(told, dict(facts), group=group)
+            with self._named(what):
+                dist.all_gather_object(told, dict(facts), group=group)
             names = sorted({name for each in told for name in each})
             differing = [n for n in names if any(each.get(n) != told[0].get(n) for each in told)]
             if differing:
@@ -198,6 +201,26 @@ def ddp_around(groups: Sequence[Sequence[Tensor]]) -> "weakref.WeakSet[nn.Module
     kinds = {kind for kind in set(map(type, living)) if DistributedDataParallel in kind.__mro__}
     wrappers = compress(living, map(kinds.__contains__, map(type, living)))  # many: in C
     return weakref.WeakSet(each for each in wrappers if not own.isdisjoint(each.parameters()))
+
+
+def _ddp_group(groups: Sequence[Sequence[Tensor]]) -> dist.ProcessGroup | None:
+    """The process group over which DDP averages some parameters; None for the default one."""
+    if world_size(None) == 1:
+        return None
+    wrappers: Collection[Any] = ddp_around(groups)
+    over = {tuple(_members(each)): each.process_group for each in wrappers}
+    if len(over) > 1:
+        raise ValueError(
+            f"the parameters are wrapped in DDP over different ranks, {sorted(over)}, and their "
+            "gradients averaged over those: give each its own optimizer"
+        )
+    for members, group in over.items():
+        return None if len(members) == world_size(None) else group
+    return None
+
+
+def _members(ddp: Any) -> list[int]:
+    return dist.get_process_group_ranks(ddp.process_group)
 
 
 def refuse_join(ddp: Any) -> None:

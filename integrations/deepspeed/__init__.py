@@ -21,6 +21,11 @@ from noiseopt.integrations.deepspeed.engine import refusing
 from noiseopt.integrations.deepspeed.noise import EngineNoise as EngineNoise
 
 _REFUSING = ("DeepSpeedHybridEngine", "DualPipeVEngine", "PipelineEngine")
+# What to do without an extension of DeepSpeed's.
+_BUILDS = {
+    "deepspeed_shm_comm": 'set deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] to False',
+    "cpu_adam": "leave out the offload of the optimizer",
+}
 _before: dict[str, Any] = {}
 
 
@@ -38,8 +43,9 @@ def initialize(*args: Any, **kwargs: Any) -> Any:
     Raises:
         TypeError: a value of the section, or the optimizer, is of the wrong type.
         ValueError: the section is wrong, or contradicts the rest of the config.
+        RuntimeError: DeepSpeed could not compile one of its extensions.
     """
-    with _enabled():
+    with _enabled(), _explaining_builds():
         return deepspeed.initialize(*args, **kwargs)
 
 
@@ -58,6 +64,20 @@ def disable() -> None:
     """Undo `enable`; engines that were built in between stay as they are."""
     while _before:
         setattr(deepspeed, *_before.popitem())
+
+
+@contextmanager
+def _explaining_builds() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        remedy = next((_BUILDS[op] for op in _BUILDS if op in str(error)), None)
+        if remedy is None:
+            raise
+        raise RuntimeError(
+            f"{error} DeepSpeed compiles it when it is first used: install ninja and a C++ "
+            f"compiler, or {remedy}"
+        ) from error
 
 
 @contextmanager

@@ -58,6 +58,7 @@ class EngineNoise(NoiseReadings):
         self._loop = LoopWatch(engine, self._leaves, self._control)
         self._ended: tuple[Row, float] | None = None  # a window's row, and the user's rate in it
         self._started = self.tells_samples = False
+        self._warned_of_open_window = False
         if engine.monitor.enabled:
             self.add_observer(self._write_events)
         if not engine.managed_gradient_accumulation():
@@ -310,8 +311,16 @@ class EngineNoise(NoiseReadings):
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain numbers. An open window is left behind, and counted."""
+        dropped = len(self._leaves)
+        if dropped and not self._warned_of_open_window:
+            self._warned_of_open_window = True
+            self._adaptation.ranks.warn(
+                f"the checkpoint was saved inside a window, after {dropped} of "
+                f"{self._adaptation.steps} micro-batches: a run that resumes from it starts "
+                "the window again; save where engine.was_step_applied() is true to lose nothing"
+            )
         return {
-            "numbers": self._adaptation.to_numbers(dropped=len(self._leaves)),
+            "numbers": self._adaptation.to_numbers(dropped),
             "control": self._control.state_dict(),
         }
 

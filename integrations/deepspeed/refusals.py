@@ -109,6 +109,12 @@ REFUSALS = (
         lambda config: config.zero_config.zero_quantized_gradients,
         "quantised communication biases the mean gradient's norm; set it to false",
     ),
+    Refusal(
+        f"{_ZERO}.elastic_checkpoint",
+        lambda config: config.zero_config.elastic_checkpoint,
+        "with torch's kernels DeepSpeed cannot load such checkpoints again; set it to false, and "
+        "make universal checkpoints for another number of ranks",
+    ),
     *(
         Refusal(f"{_ZERO}.{part}.device", _on_nvme(part), 'offload to "nvme" ' + _NOT_YET)
         for part in ("offload_optimizer", "offload_param")

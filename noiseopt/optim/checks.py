@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _default_to_fused_or_foreach
 
+from noiseopt.capture import is_sharded
+
 # What torch's optimizers keep of a parameter in its own shape, and what their updates need.
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 SETTINGS = ("lr", "betas", "eps", "weight_decay", "momentum", "dampening", "nesterov")
@@ -70,10 +72,12 @@ def check_step(groups: Sequence[dict[str, Any]], has_gradient: bool) -> None:
             being captured.
     """
     if not has_gradient:
-        total = sum(len(group["params"]) for group in groups)
+        params = [param for group in groups for param in group["params"]]
+        kept = ", and run micro-batches whose gradients FSDP2 is to keep inside accumulate(model)"
         raise RuntimeError(
-            f"step() found no gradient on any of {total} parameters: call loss.backward() before "
-            "step(), and zero_grad() after it or before backward()"
+            f"step() found no gradient on any of {len(params)} parameters: call loss.backward() "
+            "before step(), and zero_grad() after it or before backward()"
+            f"{kept if any(map(is_sharded, params)) else ''}"
         )
     for index, group in enumerate(groups):
         if isinstance(group["lr"], float) and not math.isfinite(group["lr"]):

@@ -129,9 +129,9 @@ class GradientCollector:
         self._unstepped = False
         waits, self.waits = self.waits, False
         self._check_kind(own)
-        samples, weight = self._adaptation.next_samples(self._device, own)
-        if waits or self._window.passed_over:
-            weight = weight if self._of_sums else 1.0  # FSDP2 has added them up
+        added_up = waits or self._window.passed_over > 0  # by FSDP2, each weighing the same
+        samples, weight = self._adaptation.next_samples(self._device, own or added_up)
+        weight = 1.0 if added_up and not self._of_sums else weight
         if waits:
             self._refuse_averaged()
             self._window.pass_over(samples, weight)

@@ -16,15 +16,19 @@ from tests.optim.helpers import draw
 RANKS = 2
 
 
+def free_port():
+    """One that nothing listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def run_on_ranks(cases, folder, ranks=RANKS):
     """Run functions of the rank on so many ranks, in turn; what they returned, for each rank.
 
     A case that raises fails alone, with its traceback, if it raises on every rank alike.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_work, args=(ranks, port, str(folder), cases), nprocs=ranks)
+    mp.spawn(_work, args=(ranks, free_port(), str(folder), cases), nprocs=ranks)
     return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 

@@ -325,17 +325,23 @@ def watched(messages):
     return handler
 
 
-def warnings_of(rank, same_data, same_randomness):
-    """What is logged where ranks see the same data, or drop out the same units."""
+def warnings_of(rank, same_data, same_randomness, dropout=0.5, steps=STEPS, rests=0):
+    """What is logged where ranks see the same data, or drop out the same units.
+
+    Every `rests`-th micro-batch drops out nothing.
+    """
     messages = []
     handler = watched(messages)
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    net = nn.Sequential(nn.Linear(6, 64), nn.Dropout(dropout), nn.Linear(64, 3)).double()
     if not same_randomness:
         torch.manual_seed(rank)
-    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(1))
-    batches = draw(STEPS) if same_data else part(draw(STEPS * RANKS), rank)
-    train(DistributedDataParallel(net), optimizer, batches)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR / 10, noise=measured(1))
+    wrapped = DistributedDataParallel(net)
+    batches = draw(steps) if same_data else part(draw(steps * RANKS), rank)
+    for index, batch in enumerate(batches, start=1):
+        net[1].train(not rests or index % rests > 0)
+        train(wrapped, optimizer, [batch])
     logging.getLogger("noiseopt").removeHandler(handler)
     return [message for message in messages if "ranks" in message and "noise advise" not in message]
 
@@ -479,15 +485,34 @@ def an_optimizer_that_is_gone(rank):
     return sum(len(p._backward_hooks or ()) for p in net.parameters())
 
 
-def a_group_of_one(rank):
-    """Independent trainings side by side: each rank names a group of its own."""
-    groups = [dist.new_group([other]) for other in range(RANKS)]
+def a_group_of_one(rank, told):
+    """Independent trainings side by side: each rank has a group of its own, or its DDP has."""
+    own = [dist.new_group([other]) for other in range(RANKS)][rank]
     net = build(seed=rank)
-    optimizer = NoiseAwareAdamW(
-        net.parameters(), lr=LR, noise=measured(2), process_group=groups[rank]
-    )
-    train(net, optimizer, draw(8, seed=rank))
+    wrapped = net if told else DistributedDataParallel(net, process_group=own)
+    group = own if told else None
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2), process_group=group)
+    train(wrapped, optimizer, draw(8, seed=rank))
     return seen(optimizer, net)
+
+
+def wrapped_in_its_group_too_late(rank):
+    own = [dist.new_group([other]) for other in range(RANKS)][rank]
+    net = build(seed=rank)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
+    wrapped = DistributedDataParallel(net, process_group=own)
+    with pytest.raises(RuntimeError, match="wrap the model in DDP before, or pass"):
+        train(wrapped, optimizer, draw(1))
+
+
+def wrapped_in_two_groups(rank):
+    own = [dist.new_group([other]) for other in range(RANKS)][rank]
+    net = build()
+    wrapped = [DistributedDataParallel(net[0]), DistributedDataParallel(net[2], process_group=own)]
+    with pytest.raises(ValueError, match="wrapped in DDP over different ranks") as caught:
+        NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
+    del wrapped
+    return str(caught.value)
 
 
 CASES = {
@@ -517,6 +542,12 @@ CASES = {
     "same data": functools.partial(warnings_of, same_data=True, same_randomness=True),
     "same dropout": functools.partial(warnings_of, same_data=False, same_randomness=True),
     "different": functools.partial(warnings_of, same_data=False, same_randomness=False),
+    "same dropout at times": functools.partial(
+        warnings_of, same_data=False, same_randomness=True, steps=40, rests=5
+    ),
+    "like data": functools.partial(
+        warnings_of, same_data=True, same_randomness=False, dropout=0.01, steps=60
+    ),
     "starts": starts_that_differ,
     "rates": rates_that_differ,
     "join": inside_join,
@@ -527,7 +558,10 @@ CASES = {
     "raising observer": raising_observer,
     "some measured": functools.partial(rarely_measured, every=4),
     "copied": copied_in_a_group,
-    "alone": a_group_of_one,
+    "alone": functools.partial(a_group_of_one, told=True),
+    "alone by DDP": functools.partial(a_group_of_one, told=False),
+    "late in a group": wrapped_in_its_group_too_late,
+    "in two groups": wrapped_in_two_groups,
 }  # fmt: skip
 
 
@@ -747,6 +781,17 @@ def test_ranks_that_drop_out_the_same_units_are_told_so_once(ranks):
     assert second == []
 
 
+def test_ranks_that_drop_out_the_same_units_at_times_are_told_so_once(ranks):
+    first, _ = result(ranks, "same dropout at times")
+    assert ["same random numbers" in message for message in first] == [True]
+
+
+def test_ranks_that_see_the_same_data_through_their_own_dropout_are_told_so_once(ranks):
+    first, second = result(ranks, "like data")
+    assert ["nearly the same data" in message for message in first] == [True]
+    assert second == []
+
+
 def test_ranks_that_do_not_are_told_nothing(ranks):
     assert result(ranks, "different") == [[], []]
 
@@ -794,8 +839,14 @@ def test_an_optimizer_that_is_gone_leaves_no_hooks(ranks):
     assert result(ranks, "gone") == [0, 0]
 
 
-def test_a_rank_can_train_alone(ranks):
-    for rank, run in enumerate(result(ranks, "alone")):
+@pytest.mark.parametrize("name", ["late in a group", "in two groups"])
+def test_ddp_over_other_ranks_than_the_optimizers_is_an_error_with_the_remedy(ranks, name):
+    result(ranks, name)
+
+
+@pytest.mark.parametrize("name", ["alone", "alone by DDP"])
+def test_a_rank_can_train_alone(ranks, name):
+    for rank, run in enumerate(result(ranks, name)):
         net = build(seed=rank)
         optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
         train(net, optimizer, draw(8, seed=rank))

@@ -328,6 +328,17 @@ def loaded_inside(rank, folder):
         return same, engine.noise_aware.num_updates
 
 
+def saved_inside(rank, folder):
+    """Checkpoints that are saved inside a window: what is warned of."""
+    engines.set_up(rank)
+    with engines.Warnings() as warned, engine_of(config_of(stage=1, steps=4)) as engine:
+        step(engine, batches_of(1, rank)[0])
+        engine.save_checkpoint(folder)
+        step(engine, batches_of(1, rank)[0])
+        engine.save_checkpoint(folder)
+    return [text for text in warned if "inside a window" in text]
+
+
 def observed(rank):
     """An observer that raises on one rank, in a loop that goes on."""
     engines.set_up(rank)
@@ -452,6 +463,7 @@ CASES = {
     **{f"advised {loop}": (advised, {"stage": 0, "loop": loop}) for loop in LOOPS},
     "advised own batches": (advised, {"stage": 2, "loop": "with own batches"}),
     "loaded inside": (loaded_inside, {}),
+    "saved inside": (saved_inside, {}),
     "observed": (observed, {}),
     "unfrozen": (unfrozen, {}),
     "direct only": (direct_only, {}),
@@ -461,7 +473,7 @@ CASES = {
     "logged": (logged, {}),
 }
 OWNED = [name for name, (case, _) in CASES.items() if case is owned_run]
-IN_FOLDERS = (resumed_run, loaded_inside, other_loads, monitored, logged)
+IN_FOLDERS = (resumed_run, loaded_inside, saved_inside, other_loads, monitored, logged)
 
 
 @pytest.fixture(scope="module")
@@ -588,6 +600,13 @@ def test_watching_changes_no_bit(ranks, name):
 
 def test_a_checkpoint_is_not_loaded_into_an_open_window(ranks):
     assert result(ranks, "loaded inside") == [(True, 1), (True, 1)]
+
+
+def test_a_checkpoint_saved_inside_a_window_is_warned_of_once(ranks):
+    first, second = result(ranks, "saved inside")
+    assert len(first) == 1
+    assert "after 1 of 4 micro-batches" in first[0]
+    assert second == []
 
 
 def test_an_observer_that_raises_leaves_the_windows_as_they_are(ranks):

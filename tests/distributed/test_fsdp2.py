@@ -1,8 +1,10 @@
 """FSDP2, hybrid and tensor-parallel meshes on real ranks, held against one process."""
 
 import functools
+import logging
 from contextlib import nullcontext
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from noiseopt import NoiseAwareAdamW, NoiseAwareSGD, NoiseConfig, NoiseMonitor
+from noiseopt.distributed import Ranks
 from tests.distributed.ranks import (
     RANKS,
     assert_rarely_measured,
@@ -35,6 +38,7 @@ from tests.distributed.test_ddp import (
     clipped_alone,
     measured,
     seen,
+    watched,
 )
 from tests.distributed.test_own_gradients import loop
 from tests.optim.helpers import FEATURES, HIDDEN, OUTPUTS, build, draw, joined, loss_of, train
@@ -242,6 +246,38 @@ def tensor_parallel(rank, steps=2):
     return seen(optimizer, net)
 
 
+def tensor_parallel_dropout(rank):
+    """Parts of one model must drop out the same units: what is logged of that."""
+    messages = []
+    handler = watched(messages)
+    net = nn.Sequential(nn.Dropout(0.3), split(Block(), init_device_mesh("cpu", (RANKS,))))
+    torch.manual_seed(3)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
+    train(net, optimizer, draw(24))
+    logging.getLogger("noiseopt").removeHandler(handler)
+    return [message for message in messages if "noise advise" not in message]
+
+
+def unsynchronised(rank):
+    """Gradients that FSDP2 was told to keep, without `accumulate`."""
+    net = shard(build())
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
+    net.set_requires_gradient_sync(False)
+    loss_of(net, draw(RANKS)[rank]).backward()
+    with pytest.raises(RuntimeError, match=r"no gradient .*FSDP2 is to keep inside accumulate"):
+        optimizer.step()
+
+
+def counted_sums(rank):
+    """All-reduces of numbers where samples are counted: FSDP2 adds gradients up by itself."""
+    net = shard(build())
+    config = replace(measured(4), samples_per_micro_batch=None)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=config)
+    with patch.object(Ranks, "begin_sum_", autospec=True, side_effect=Ranks.begin_sum_) as sums:
+        loop(optimizer, net, part(draw(16 * RANKS), rank), counts=True, accumulates=True)
+    return sums.call_count, optimizer.num_updates
+
+
 def hybrid(rank, replicate, steps=2, accumulates=False):
     shape = (replicate, RANKS // replicate)
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
@@ -289,6 +325,9 @@ CASES = {
     "two optimizers": two_optimizers,
     "experts": experts,
     "tensor parallel": tensor_parallel,
+    "tensor parallel dropout": tensor_parallel_dropout,
+    "counted": counted_sums,
+    "unsynchronised": unsynchronised,
     "hybrid 1": functools.partial(hybrid, replicate=1),
     "hybrid 2": functools.partial(hybrid, replicate=2),
     "hybrid 2, once": functools.partial(hybrid, replicate=2, accumulates=True),
@@ -429,7 +468,7 @@ def test_a_rate_of_0_at_first_loses_nothing(ranks, accumulates):
     torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["flushed", "experts", "two optimizers"])
+@pytest.mark.parametrize("name", ["flushed", "experts", "two optimizers", "unsynchronised"])
 def test_what_cannot_be_is_an_error_with_the_remedy(ranks, name):
     result(ranks, name)
 
@@ -442,6 +481,14 @@ def test_tensor_parallel_ranks_hold_one_gradient_together(ranks):
     train(net, optimizer, draw(STEPS))
     assert_same_windows(first["windows"], seen(optimizer, net)["windows"], 1e-9)
     torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-9)
+
+
+def test_tensor_parallel_ranks_that_drop_out_the_same_units_are_told_nothing(ranks):
+    assert result(ranks, "tensor parallel dropout") == [[], []]
+
+
+def test_one_sum_of_numbers_serves_an_update_also_where_samples_are_counted(ranks):
+    assert result(ranks, "counted") == [(4, 4), (4, 4)]
 
 
 # ---------------------------------------------------------------------- one rank

@@ -1,7 +1,6 @@
 """The DeepSpeed example as a user starts it: by either launcher, and once more to go on."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from noiseopt.record import read, replay
-from tests.distributed.ranks import RANKS
+from tests.distributed.ranks import RANKS, free_port
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "deepspeed"
 INTERVAL = 10  # updates between decisions, which is the default
@@ -36,12 +35,6 @@ def start(launcher, stage, *arguments, **environment):
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

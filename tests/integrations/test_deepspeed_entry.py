@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from noiseopt import NoiseAwareAdamW
-from tests.distributed.ranks import result, run_on_ranks
+from tests.distributed.ranks import free_port, result, run_on_ranks
 from tests.integrations.test_deepspeed_section import (
     BASE,
     engine_for,
@@ -425,3 +425,45 @@ def test_importing_changes_nothing():
         [sys.executable, "-c", IMPORTS], cwd=root, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
+
+
+WITHOUT_A_COMPILER = """
+import sys
+from tests.integrations.test_deepspeed_section import engine_for, start, zero
+import deepspeed
+from noiseopt.integrations.deepspeed import initialize
+
+change = {}
+if sys.argv[1] == "cpu_adam":
+    start(0)
+    change = zero(2, offload_optimizer={"device": "cpu"})
+try:
+    engine_for(initialize, change)
+except RuntimeError as error:
+    print("REFUSED", error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("extension", "remedy"),
+    [
+        ("shm_comm", '__compatible_ops__["deepspeed_shm_comm"] to False'),
+        ("cpu_adam", "leave out the offload of the optimizer"),
+    ],
+)
+def test_what_cannot_be_compiled_is_an_error_with_the_remedy(extension, remedy, tmp_path):
+    root = Path(__file__).parents[2]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    nothing = {"PATH": "", "TORCH_EXTENSIONS_DIR": str(tmp_path), "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_A_COMPILER, extension],
+        cwd=root,
+        env=alone | nothing | {"MASTER_PORT": str(free_port()), "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("REFUSED")]
+    assert extension in line
+    assert "install ninja and a C++ compiler" in line
+    assert remedy in line

@@ -53,6 +53,10 @@ CONTRADICTIONS = {
         zero(3, zero_quantized_gradients=True),
         ["zero_optimization.zero_quantized_gradients", "set it to false"],
     ),
+    "elastic checkpoint": (
+        zero(2, elastic_checkpoint=True),
+        ["zero_optimization.elastic_checkpoint", "set it to false"],
+    ),
     "nvme": (
         zero(3, offload_optimizer={"device": "nvme", "nvme_path": "/nowhere"}),
         ["zero_optimization.offload_optimizer.device", "nvme", "leave one"],
@@ -155,6 +159,7 @@ ACCEPTED = {
     "zero": zero(
         compute_grad_norm=True,
         zero_quantized_gradients=False,
+        elastic_checkpoint=False,
         zenflow=None,
         offload_optimizer={"device": "none", "super_offload": False},
     ),
