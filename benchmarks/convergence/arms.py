@@ -1,6 +1,6 @@
 """The arms by name, and the settings that each name stands for.
 
-`constant-4`, `seesaw`, `auto`, `auto-without-verify`; any of them with other settings as
+`constant-4`, `seesaw`, `auto`, `auto-without-lr`; any of them with other settings as
 `seesaw@alpha=1.2` or `auto@decay_noise_fraction=0.5,verify=False`, or with other settings of the
 user's than the tuned ones, as `auto@beta1=0.8` or `constant-1@lr=0.003`.
 """
@@ -29,9 +29,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "auto-without-growth-in-decay": {"grow_in_decay": False},
     "auto-with-beta2": {"adapt_beta2": True},
     "auto-with-weight-decay": {"adapt_weight_decay": True},
+    "auto-with-verify": {"verify": True},
     "auto-without-clip": {"adapt_clip": False},
     "auto-without-probes": {"probe_interval": 0},
-    "auto-without-verify": {"verify": False},
     "auto-without-shrink": {"shrink": False},
     "auto-without-growth-by-noise": {"grow_by_noise": False},
 }
