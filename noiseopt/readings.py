@@ -69,7 +69,7 @@ class NoiseReadings:
             self._adaptation.set_samples(samples, weight)
 
     def report_loss(self, loss: float | Tensor) -> None:
-        """Give the mean loss of the micro-batch, so that changes can be verified against it.
+        """Give the mean loss of the micro-batch: for the record, and to verify changes by.
 
         Call it once for each micro-batch, before `step()`. A tensor stays where it is until the
         next decision; nothing waits for it.

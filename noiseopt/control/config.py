@@ -81,8 +81,8 @@ class NoiseConfig:
         min_beta2: the least beta2 that this may lead to.
         adapt_weight_decay: keep the timescale of decoupled weight decay in samples; off, since
             losses were lower without it (`benchmarks/convergence`).
-        verify: watch the loss after a change, where it is known, and revert what hurt; off, since it
-            found nothing to revert and holds up growth (`benchmarks/convergence`).
+        verify: watch the loss after a change, where it is known, and revert what hurt; off, since
+            it found nothing to revert and holds up growth (`benchmarks/convergence`).
         loss_tolerance: how much worse than its trend, relative to it, the loss may become.
         max_reverts: reverts after which the batch is no longer changed, but for giving back what
             it grew by as the learning rate fell.

@@ -377,7 +377,7 @@ def test_an_arms_settings_are_in_its_name():
     }
     assert arms.settings("seesaw@alpha=1.5") == {"alpha": 1.5}
     assert arms.settings("constant-8") == {"steps": 8, "keep_half_life": True}
-    assert arms.settings("auto-without-verify@dwell_updates=9")["verify"] is False
+    assert arms.settings("auto-with-verify@dwell_updates=9")["verify"] is True
 
 
 @pytest.mark.parametrize("arm", ["autos", "auto@verif=1", "seesaw@beta=1", "constant-x"])

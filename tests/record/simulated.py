@@ -7,7 +7,9 @@ from collections import deque
 from noiseopt.control import RATE_RULES, Controller, NoiseConfig, Start, Window
 from noiseopt.estimate import WindowNorms
 
-CONFIG = NoiseConfig(samples_per_micro_batch=4, dwell_updates=20, min_count=5, probe_interval=16)
+CONFIG = NoiseConfig(
+    samples_per_micro_batch=4, dwell_updates=20, min_count=5, probe_interval=16, verify=True
+)
 
 
 class Simulated:

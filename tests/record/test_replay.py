@@ -31,7 +31,7 @@ def recorded(path, *arguments, updates=600):
         (CONFIG, "adam", ("0",)),
         (CONFIG, "sgd", ("0", "1", "2")),
         (replace(CONFIG, mode="advise", accumulation_steps=4), "adam", ("0", "1")),
-        (NoiseConfig(max_norm=1.0, verify=False), "adam", ("0",)),
+        (NoiseConfig(max_norm=1.0), "adam", ("0",)),
         (TIMED, "adam", ("0",)),
     ],
 )

@@ -23,8 +23,9 @@ SAMPLES = 8  # in a micro-batch
 PRICE = 64.0  # of an update, in micro-batches, where growth is to be far
 
 
-def controller(rule=sqrt_gain, **settings):
-    return Controller.create(NoiseConfig(samples_per_micro_batch=SAMPLES, **settings), rule)
+def controller(rule=sqrt_gain, verify=True, **settings):
+    config = NoiseConfig(samples_per_micro_batch=SAMPLES, verify=verify, **settings)
+    return Controller.create(config, rule)
 
 
 def rising(seen):
