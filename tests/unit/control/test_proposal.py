@@ -12,9 +12,7 @@ from noiseopt.control.proposal import ABOVE, FAR_ABOVE, propose
 from noiseopt.control.verification import LossTrend, Verification
 from noiseopt.estimate import NoiseEstimate, noise_fraction
 
-CONFIG = NoiseConfig(
-    accumulation_steps=4, max_accumulation_steps=64, update_price=4.0, verify=True
-)
+CONFIG = NoiseConfig(accumulation_steps=4, max_accumulation_steps=64, update_price=4.0, verify=True)
 BY_DECAY = replace(CONFIG, grow_by_noise=False)
 SAMPLES_PER_STEP = 8
 
