@@ -40,7 +40,9 @@ class NoiseAwareEngine(DeepSpeedEngine):  # type: ignore[misc]
     def _refuse_what_was_built(self) -> None:
         """Refuse what only shows when the engine is there."""
         if self.has_moe_layers:
-            raise ValueError(f'experts with "{SECTION}" are not measured rightly yet')
+            raise ValueError(
+                f'experts with "{SECTION}" are not measured rightly yet: leave out one of the two'
+            )
         if self.sequence_parallel_size > 1:
             raise ValueError(
                 f"sequences are spread over {self.sequence_parallel_size} ranks, which with "

@@ -121,7 +121,10 @@ def refuse_optimizer(optimizer: Any) -> None:
             "measure: pass the torch optimizer, or noise='off'"
         )
     if "muon" in name.lower() or "onebit" in name.lower() or name == "ZeroOneAdam":
-        raise TypeError(f'optimizer= is a {name}, with which "{SECTION}" is not right yet')
+        raise TypeError(
+            f"optimizer= is a {name}, which leaves no plain mean gradient to measure for "
+            f'"{SECTION}": use AdamW'
+        )
 
 
 def _names_ours(config: Any) -> bool:

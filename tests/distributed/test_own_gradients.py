@@ -234,6 +234,21 @@ def weighed_ones(rank):
     return seen(optimizer, net)
 
 
+TOKENS = ([5, 0.5, 3, 9], [1, 7, 2, 4])  # of each rank's micro-batches, in two windows of two
+
+
+def weighed_by_tokens(rank):
+    """As many samples in each micro-batch, of other numbers of tokens."""
+    net = build()
+    config = replace(fixed_local(2), samples_per_micro_batch=None)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=config)
+    wrapped = DistributedDataParallel(net)
+    for batch, tokens in zip(draw(4, seed=rank), TOKENS[rank], strict=True):
+        optimizer.set_samples(len(batch[0]), weight=tokens)
+        loop(optimizer, wrapped, [batch])
+    return seen(optimizer, net)
+
+
 def mixed(rank):
     net = build()
     optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(3))
@@ -332,6 +347,7 @@ CASES = {
     "step inside": step_inside,
     "only the backward": only_the_backward,
     "weighed ones": weighed_ones,
+    "weighed by tokens": weighed_by_tokens,
     "sparse": sparse,
     "traffic": functools.partial(traffic, accumulates=True),
     "traffic before": functools.partial(traffic, accumulates=False),
@@ -506,6 +522,21 @@ def test_windows_of_one_are_weighted_by_samples_too(ranks):
     ]
     net = build()
     train(net, torch.optim.AdamW(net.parameters(), lr=LR), whole)
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-10)
+
+
+def test_tokens_weigh_the_mean_over_ranks_and_micro_batches(ranks):
+    first, second = result(ranks, "weighed by tokens")
+    assert_agreed(first, second)
+    net = build()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=LR)
+    parts = [list(zip(draw(4, seed=rank), TOKENS[rank], strict=True)) for rank in range(RANKS)]
+    for window in (slice(2), slice(2, 4)):
+        pairs = [pair for part in parts for pair in part[window]]
+        total = sum(tokens for _, tokens in pairs)
+        sum(loss_of(net, batch) * tokens / total for batch, tokens in pairs).backward()
+        optimizer.step()
+        optimizer.zero_grad()
     torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-10)
 
 
