@@ -138,6 +138,9 @@ def test_text_is_dealt_by_whole_files():
     assert held_out[:400] not in bytes(texts["tuning", False].numpy())
 
 
+CONTEXT = 1024  # longer than the texts in source that bytecode holds too
+
+
 def test_where_the_text_changes_the_schedule_begins_anew():
     shift = WORKLOADS["gpt-shift"]
     half = shift.micro_batches // 2
@@ -152,13 +155,13 @@ def test_where_the_text_changes_the_schedule_begins_anew():
     for rival._done in (half // 2, half + half // 2):
         assert rival._peak_over_now() == pytest.approx(1 / factors[half // 2])
     assert factors[half - 1] == pytest.approx(0.1, abs=1e-4)
-    data = gpt.load_shifting("tuning", steps=4, batch_size=2, context=64)
+    data = gpt.load_shifting("tuning", steps=4, batch_size=2, context=CONTEXT)
     batches = [bytes(tokens.byte().numpy()) for (tokens,) in data.batches(1)]
     source, code = (
         bytes(texts["tuning", False].numpy()) for texts in (gpt.texts(), gpt.texts(gpt.bytecode))
     )
-    assert [batch[:65] in source for batch in batches] == [True, True, False, False]
-    assert [batch[:65] in code for batch in batches] == [False, False, True, True]
+    assert [batch[: CONTEXT + 1] in source for batch in batches] == [True, True, False, False]
+    assert [batch[: CONTEXT + 1] in code for batch in batches] == [False, False, True, True]
     held_out = bytes(data.held_out[0][0][0].byte().numpy())
     assert held_out in bytes(gpt.texts(gpt.bytecode)["tuning", True].numpy())
 

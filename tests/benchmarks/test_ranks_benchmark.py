@@ -6,6 +6,9 @@ import pytest
 
 from benchmarks import ranks as bench
 from benchmarks import recording
+from tests.distributed.ranks import NEEDS_FSDP2
+
+pytestmark = NEEDS_FSDP2
 
 TINY = bench.SIZES["tiny"]
 PLAN = bench.Plan((TINY,), ranks=(2,), steps=2, rounds=1, together=True)

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 
 from noiseopt import NoiseAwareAdamW
-from tests.distributed.ranks import RANKS, part, result, run_on_ranks, weights_of
+from tests.distributed.ranks import NEEDS_FSDP2, RANKS, part, result, run_on_ranks, weights_of
 from tests.distributed.test_ddp import LR, adaptive_config, assert_agreed, seen, watched
 from tests.distributed.test_fsdp2 import shard
 from tests.optim.helpers import build, draw, train
@@ -165,7 +165,10 @@ def ranks(tmp_path_factory):
     return run_on_ranks(cases(folder), folder)
 
 
-@pytest.mark.parametrize("name", ["plain", "rank 0", "ddp", "sharded", "whole", "disk"])
+SHARDED = [pytest.param(name, marks=NEEDS_FSDP2) for name in ("sharded", "whole", "disk")]
+
+
+@pytest.mark.parametrize("name", ["plain", "rank 0", "ddp", *SHARDED])
 def test_a_run_goes_on_bitwise(ranks, name):
     (went_on, again), (other_went_on, other_again) = result(ranks, name)
     assert_agreed(went_on, other_went_on)
@@ -175,6 +178,7 @@ def test_a_run_goes_on_bitwise(ranks, name):
     assert torch.equal(again["weights"], went_on["weights"])
 
 
+@NEEDS_FSDP2
 def test_fewer_ranks_go_on_with_the_same_estimate_and_batch(ranks):
     """From two ranks to none: windows twice as long, the rates' factors as they were."""
     saved = result(ranks, "for others")[0]

@@ -1,7 +1,6 @@
-"""FSDP2, hybrid and tensor-parallel meshes on real ranks, held against one process."""
+"""FSDP2 and hybrid meshes on real ranks, held against one process."""
 
 import functools
-import logging
 from contextlib import nullcontext
 from dataclasses import replace
 from unittest.mock import patch
@@ -12,15 +11,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    parallelize_module,
-)
 
 from noiseopt import NoiseAwareAdamW, NoiseAwareSGD, NoiseConfig, NoiseMonitor
 from noiseopt.distributed import Ranks
 from tests.distributed.ranks import (
+    NEEDS_FSDP2,
     RANKS,
     assert_rarely_measured,
     part,
@@ -38,10 +33,12 @@ from tests.distributed.test_ddp import (
     clipped_alone,
     measured,
     seen,
-    watched,
 )
 from tests.distributed.test_own_gradients import loop
-from tests.optim.helpers import FEATURES, HIDDEN, OUTPUTS, build, draw, joined, loss_of, train
+from tests.distributed.test_tensor_parallel import Block, split
+from tests.optim.helpers import build, draw, joined, loss_of, train
+
+pytestmark = NEEDS_FSDP2
 
 POLICIES = {
     "plainly": {},
@@ -217,47 +214,6 @@ def experts(rank):
         NoiseAwareAdamW(net.parameters(), lr=LR)
 
 
-class Block(nn.Module):
-    """An MLP with a norm, for tensor parallelism."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.norm = nn.LayerNorm(FEATURES)
-        self.up = nn.Linear(FEATURES, HIDDEN)
-        self.down = nn.Linear(HIDDEN, OUTPUTS)
-        self.double()
-
-    def forward(self, x):
-        return self.down(torch.tanh(self.up(self.norm(x))))
-
-
-def split(net, mesh):
-    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
-    return parallelize_module(net, mesh, plan)
-
-
-def tensor_parallel(rank, steps=2):
-    """Both ranks hold parts of one model and see the same data."""
-    net = split(Block(), init_device_mesh("cpu", (RANKS,)))
-    config = replace(measured(steps), samples_per_micro_batch=4)
-    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=config)
-    train(net, optimizer, draw(STEPS))
-    return seen(optimizer, net)
-
-
-def tensor_parallel_dropout(rank):
-    """Parts of one model must drop out the same units: what is logged of that."""
-    messages = []
-    handler = watched(messages)
-    net = nn.Sequential(nn.Dropout(0.3), split(Block(), init_device_mesh("cpu", (RANKS,))))
-    torch.manual_seed(3)
-    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
-    train(net, optimizer, draw(24))
-    logging.getLogger("noiseopt").removeHandler(handler)
-    return [message for message in messages if "noise advise" not in message]
-
-
 def unsynchronised(rank):
     """Gradients that FSDP2 was told to keep, without `accumulate`."""
     net = shard(build())
@@ -324,8 +280,6 @@ CASES = {
     "warming up True": functools.partial(warming_up, accumulates=True),
     "two optimizers": two_optimizers,
     "experts": experts,
-    "tensor parallel": tensor_parallel,
-    "tensor parallel dropout": tensor_parallel_dropout,
     "counted": counted_sums,
     "unsynchronised": unsynchronised,
     "hybrid 1": functools.partial(hybrid, replicate=1),
@@ -471,20 +425,6 @@ def test_a_rate_of_0_at_first_loses_nothing(ranks, accumulates):
 @pytest.mark.parametrize("name", ["flushed", "experts", "two optimizers", "unsynchronised"])
 def test_what_cannot_be_is_an_error_with_the_remedy(ranks, name):
     result(ranks, name)
-
-
-def test_tensor_parallel_ranks_hold_one_gradient_together(ranks):
-    first, second = result(ranks, "tensor parallel")
-    assert_agreed(first, second)
-    net = Block()
-    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
-    train(net, optimizer, draw(STEPS))
-    assert_same_windows(first["windows"], seen(optimizer, net)["windows"], 1e-9)
-    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-9)
-
-
-def test_tensor_parallel_ranks_that_drop_out_the_same_units_are_told_nothing(ranks):
-    assert result(ranks, "tensor parallel dropout") == [[], []]
 
 
 def test_one_sum_of_numbers_serves_an_update_also_where_samples_are_counted(ranks):

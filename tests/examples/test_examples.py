@@ -12,7 +12,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from noiseopt.record import from_line, read, replay
-from tests.distributed.ranks import RANKS
+from tests.distributed.ranks import NEEDS_FSDP2, RANKS
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -161,15 +161,18 @@ def test_ddp_killed_inside_a_window_ends_bitwise_where_it_would_have(ddp):
     assert_same_bits(*ends)
 
 
+@NEEDS_FSDP2
 def test_fsdp2_trains_and_records_what_it_changes(fsdp2):
     assert_adapts(fsdp2)
 
 
+@NEEDS_FSDP2
 def test_fsdp2_killed_inside_a_window_ends_bitwise_where_it_would_have(fsdp2, tmp_path):
     assert_goes_on_as_if_never_killed(fsdp2)
     assert_same_bits(*(whole(folder, tmp_path) for folder in (fsdp2.straight, fsdp2.killed)))
 
 
+@NEEDS_FSDP2
 def test_fsdp2_goes_on_on_one_rank_with_its_estimate_and_its_batch(fsdp2, tmp_path):
     """Windows of twice as many micro-batches bring the same samples and gradients to an update."""
     saved = min(fsdp2.straight.glob("checkpoint-*"))

@@ -1,0 +1,88 @@
+"""Tensor-parallel models on two real ranks, held against one process."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from noiseopt import NoiseAwareAdamW
+from tests.distributed.ranks import RANKS, result, run_on_ranks, weights_of
+from tests.distributed.test_ddp import (
+    LR,
+    STEPS,
+    assert_agreed,
+    assert_same_windows,
+    measured,
+    seen,
+    watched,
+)
+from tests.optim.helpers import FEATURES, HIDDEN, OUTPUTS, draw, train
+
+
+class Block(nn.Module):
+    """An MLP with a norm, for tensor parallelism."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.LayerNorm(FEATURES)
+        self.up = nn.Linear(FEATURES, HIDDEN)
+        self.down = nn.Linear(HIDDEN, OUTPUTS)
+        self.double()
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.up(self.norm(x))))
+
+
+def split(net, mesh):
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    return parallelize_module(net, mesh, plan)
+
+
+def tensor_parallel(rank, steps=2):
+    """Both ranks hold parts of one model and see the same data."""
+    net = split(Block(), init_device_mesh("cpu", (RANKS,)))
+    config = replace(measured(steps), samples_per_micro_batch=4)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=config)
+    train(net, optimizer, draw(STEPS))
+    return seen(optimizer, net)
+
+
+def tensor_parallel_dropout(rank):
+    """Parts of one model must drop out the same units: what is logged of that."""
+    messages = []
+    handler = watched(messages)
+    net = nn.Sequential(nn.Dropout(0.3), split(Block(), init_device_mesh("cpu", (RANKS,))))
+    torch.manual_seed(3)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
+    train(net, optimizer, draw(24))
+    logging.getLogger("noiseopt").removeHandler(handler)
+    return [message for message in messages if "noise advise" not in message]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    cases = {"alike": tensor_parallel, "dropout": tensor_parallel_dropout}
+    return run_on_ranks(cases, tmp_path_factory.mktemp("tensor_parallel"))
+
+
+def test_tensor_parallel_ranks_hold_one_gradient_together(ranks):
+    first, second = result(ranks, "alike")
+    assert_agreed(first, second)
+    net = Block()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
+    train(net, optimizer, draw(STEPS))
+    assert_same_windows(first["windows"], seen(optimizer, net)["windows"], 1e-9)
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-9)
+
+
+def test_tensor_parallel_ranks_that_drop_out_the_same_units_are_told_nothing(ranks):
+    assert result(ranks, "dropout") == [[], []]
