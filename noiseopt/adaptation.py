@@ -59,11 +59,15 @@ class Adaptation:
         steps: the length of the open window, in micro-batches on each rank.
         measures: whether it is measured where that costs something.
         max_norm: the norm at which its gradient is clipped; infinite for never.
+        samples: what the loop has told of its micro-batches' samples.
+        losses: what it has told of their losses.
     """
 
     steps: int
     measures: bool
     max_norm: float
+    samples: SampleCounts
+    losses: Losses
 
     def __init__(
         self,
@@ -88,8 +92,8 @@ class Adaptation:
     def _go_on(self, controller: Controller) -> None:
         self._controller = controller
         self._rows: list[Row] = []
-        self._samples = SampleCounts(self.config, controller.state.counts_samples)
-        self._losses = Losses()
+        self.samples = SampleCounts(self.config, controller.state.counts_samples)
+        self.losses = Losses()
         self._clock = Clock() if self.config.objective == "time" else None
         self.decisions.clear()
         self.join(self.ranks)
@@ -192,23 +196,9 @@ class Adaptation:
 
     def set_samples(self, samples: float, weight: float | None = None) -> None:
         """Say how many samples the next micro-batch holds, and its weight if that is another."""
-        self._samples.tell(samples, weight, begun=self._num_windows > 0)
+        self.samples.tell(samples, weight, begun=self._num_windows > 0)
         if not self._controller.state.counts_samples:
             self._controller = self._controller.counting_samples()
-
-    def report_loss(self, loss: float | Tensor) -> None:
-        """Give the mean loss of the micro-batch; a tensor is not read before the next decision."""
-        self._losses.tell(loss)
-
-    @property
-    def hears_losses(self) -> bool:
-        """Whether the loop has reported a loss."""
-        return self._losses.are_told
-
-    @property
-    def tells_samples(self) -> bool:
-        """Whether the loop says how many samples each micro-batch holds."""
-        return self._samples.are_told
 
     def next_samples(self, device: torch.device, own: bool) -> tuple[float, float]:
         """The samples of the micro-batch that is taken now, and its weight in the window's mean.
@@ -220,17 +210,13 @@ class Adaptation:
             device: where numbers are summed over ranks.
             own: whether the gradient is this rank's own.
         """
-        self._losses.keep()
-        samples, weight, told = self._samples.take()
+        self.losses.keep()
+        samples, weight, told = self.samples.take()
         averaged = self.ranks.all > 1 and not own and self.config.loss_reduction == "mean"
         if told and averaged and self.steps > 1:
             total = torch.tensor(weight, dtype=torch.float64, device=device)
             weight = self.ranks.sum_(total, self.open_window).item() / self.ranks.all
         return samples, weight
-
-    def window_samples(self, micro_batches: int) -> list[float]:
-        """The samples of a whole window's micro-batches, as far as they were told."""
-        return self._samples.take_window(micro_batches)
 
     # ------------------------------------------------------------------ windows and decisions
 
@@ -245,7 +231,7 @@ class Adaptation:
         Raises:
             RuntimeError: ranks do not go together.
         """
-        row = measured.row(self._losses.take())
+        row = measured.row(self.losses.take())
         if self._clock and self._clock.untold:
             row[SECONDS] = self._clock.tell()
         if self.ranks.all > 1:

@@ -198,7 +198,7 @@ class NoiseMonitor(NoiseReadings):
         if not self._started:
             self._started = True
             adaptation.start(groups, self._process_group)
-        samples = adaptation.window_samples(self._num_taken)
+        samples = adaptation.samples.take_window(self._num_taken)
         row = adaptation.agree(self._capture.close(groups, samples, self._loss_scale()))
         self._micro_batches += len(samples)
         end_row(row, True, norm_of_mean(row) > adaptation.max_norm)

@@ -78,4 +78,4 @@ class NoiseReadings:
             ValueError: the loss is not a single number.
         """
         if self._adaptation:
-            self._adaptation.report_loss(loss)
+            self._adaptation.losses.tell(loss)

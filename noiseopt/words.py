@@ -24,7 +24,7 @@ def describe(adaptation: Adaptation, num_params: int) -> str:
 def _lacks_losses(adaptation: Adaptation) -> bool:
     config = adaptation.config
     changes = config.min_accumulation_steps < config.max_accumulation_steps
-    return adaptation.acts and config.verify and changes and not adaptation.hears_losses
+    return adaptation.acts and config.verify and changes and not adaptation.losses.are_told
 
 
 def can_measure(adaptation: Adaptation) -> bool:

@@ -2,21 +2,22 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from noiseopt.adaptation import Adaptation, Number
-from noiseopt.capture import Measured, Row, end_row, squared_norms
+from noiseopt.capture import Row, end_row
 from noiseopt.control import Decision, NoiseConfig, group_names, metrics
 from noiseopt.distributed import Ranks, digest
 from noiseopt.integrations.deepspeed.control import EngineControl
 from noiseopt.integrations.deepspeed.leaves import LeafNorms
 from noiseopt.integrations.deepspeed.loop import LoopWatch
 from noiseopt.integrations.deepspeed.section import Settings
-from noiseopt.integrations.deepspeed.wrappers import PlainWrapper, wrapper_of
+from noiseopt.integrations.deepspeed.window import EngineWindow
+from noiseopt.integrations.deepspeed.wrappers import wrapper_of
 from noiseopt.readings import NoiseReadings
 from noiseopt.words import describe
 
@@ -44,7 +45,6 @@ class EngineNoise(NoiseReadings):
     def __init__(self, engine: Any, settings: Settings) -> None:
         self._engine = engine
         self._wrapper = wrapper_of(engine)
-        self._device = torch.device(engine.device)
         self._groups = self._wrapper.params()
         group, size = engine.data_parallel_group, engine.dp_world_size
         ranks = Ranks(size, 1, self._wrapper.sharded, (group,) if size > 1 else ())
@@ -53,9 +53,12 @@ class EngineNoise(NoiseReadings):
         names = group_names(self._wrapper.basic.param_groups)
         self._adaptation = Adaptation(settings.config, rule, names, ranks)
         self._adaptation.settings = self._hyper_parameters
-        self._leaves = LeafNorms(self._groups, self._device)
+        self._leaves = LeafNorms(self._groups, torch.device(engine.device))
         self._control = EngineControl(engine, self._wrapper, settings)
         self._loop = LoopWatch(engine, self._leaves, self._control)
+        self._window = EngineWindow(
+            engine, self._wrapper, self._leaves, self._loop, self._adaptation
+        )
         self._ended: tuple[Row, float] | None = None  # a window's row, and the user's rate in it
         self._started = self.tells_samples = False
         self._warned_of_open_window = False
@@ -122,7 +125,7 @@ class EngineNoise(NoiseReadings):
         with self._leaves.reading(loss, self._adaptation.measures):
             yield
         parts = self._engine.gradient_accumulation_steps() if divided else 1
-        self._adaptation.report_loss(loss.detach() * parts)
+        self._adaptation.losses.tell(loss.detach() * parts)
 
     def lead(self, set_window: Callable[[int], None]) -> None:
         """Have a loop that says where windows end make each as long as was decided.
@@ -181,45 +184,15 @@ class EngineNoise(NoiseReadings):
         if not self._started:
             self._start()
         lends = self._adaptation.acts and self._wrapper.takes_norm
-        row, norm = self._agree(steps, at_once=lends and self._wrapper.sharded)
+        row, norm = self._window.agree(steps, at_once=lends and self._wrapper.sharded)
         lr, rates = self._user_lr(), self._adaptation.rates(steps)
         lent_norm = self._wrapper.lent_norm(norm) if lends else nullcontext()
-        with self._control.lent(rates, steps, lr_kwargs), self._finite(norm), lent_norm:
+        with self._control.lent(rates, steps, lr_kwargs), self._window.withheld(norm), lent_norm:
             yield
         applied = self._engine.was_step_applied()
-        end_row(row, applied, applied and self._applied_norm(norm) > self.max_norm)
+        end_row(row, applied, applied and self._window.applied_norm(norm) > self.max_norm)
         self._leaves.clear()
         self._ended = row, lr
-
-    def _agree(self, steps: int, at_once: bool) -> tuple[Row, Tensor]:
-        """Make a window's row.
-
-        Args:
-            steps: its micro-batches.
-            at_once: whether the norm is wanted of all the parts that ranks hold.
-
-        Returns:
-            The row, and the norm of the mean, before it is clipped.
-        """
-        mean = squared_norms(self._wrapper.mean(), self._device) / self._wrapper.loss_scale**2
-        total = mean.sum(0, keepdim=True)
-        measured = self._measured(steps, mean)
-        row = self._adaptation.agree(measured, total if at_once else None, at_once)
-        return row, total[0].sqrt()
-
-    def _finite(self, norm: Tensor) -> AbstractContextManager[None]:
-        """Withhold a mean that is not finite from an optimizer that would apply it."""
-        wrapper, acts = self._wrapper, self._adaptation.acts
-        if isinstance(wrapper, PlainWrapper) and acts and not norm < torch.inf:
-            return wrapper.withheld()
-        return nullcontext()
-
-    def _applied_norm(self, norm: Tensor) -> Tensor | float:
-        """The norm of all ranks' mean after the update, before it was clipped."""
-        if isinstance(self._wrapper, PlainWrapper):
-            return norm
-        applied: Tensor | float = self._engine.get_global_grad_norm()
-        return applied
 
     def close_window(self) -> None:
         """After a step: decide if it was due, and give the engine its next window.
@@ -253,25 +226,6 @@ class EngineNoise(NoiseReadings):
                 'updates: it stretches; say "noise_aware": {"schedule": "samples"} to have it '
                 "follow the samples",
             )
-
-    def _measured(self, steps: int, mean: Tensor) -> Measured:
-        """The window's norms, in terms of the micro-batches' own gradients.
-
-        Args:
-            steps: its micro-batches.
-            mean: of the mean gradient as it is applied, |.|^2 in each group.
-        """
-        leaves = self._leaves
-        factors = torch.stack(leaves.factors) / self._wrapper.loss_scale
-        weights = factors / factors.sum()
-        # A loop that ends a window early leaves fewer parts than the engine has divided by.
-        share_sq = factors.sum().clamp(max=1.0).square()
-        scale_sq = weights.square() * share_sq * self._wrapper.loss_scale**2
-        small = torch.stack(leaves.norms) / scale_sq[:, None]
-        big = mean / share_sq if self._loop.shows_each(steps) else mean * torch.nan
-        samples = weights.new_tensor(self._adaptation.window_samples(steps))
-        seen = small.sum(1) if self._adaptation.measures else mean.sum()
-        return Measured(small, big, samples, weights * seen.isfinite(), None)
 
     # ------------------------------------------------------------------ ranks and words
 

@@ -103,6 +103,8 @@ def check_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved]:
         return  # torch refuses that itself
     for index, group in enumerate(saved):
+        if not isinstance(group.get("noise", {}), dict):
+            raise ValueError(f"group {index} of the state has noise={group['noise']!r}: no numbers")
         lacking = [name for name in SETTINGS if name in optimizer.defaults and name not in group]
         if lacking:
             raise ValueError(

@@ -212,7 +212,7 @@ class GradientCollector:
             )
         if self._always_own or not wrappers or self._window.alone:
             return False
-        alone = last and len(self) == 0 and not self._adaptation.tells_samples
+        alone = last and len(self) == 0 and not self._adaptation.samples.are_told
         return records or alone
 
     def take_unstepped(self, groups: Groups) -> Ended | None:

@@ -44,7 +44,7 @@ class ExternalWindows:
         told = self.loss_scale is not None
         self._checks.settle(self.capture, groups, self._adaptation.steps, told)
         steps = len(self.capture)
-        samples = self._adaptation.window_samples(self.capture.num_skipped + steps)
+        samples = self._adaptation.samples.take_window(self.capture.num_skipped + steps)
         measured = self.capture.close(groups, samples, scale)
         grads = [grad for p in (p for g in groups for p in g) if (grad := p.grad) is not None]
         applied = squared_norms([grads], self._device, self._share)

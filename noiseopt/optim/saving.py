@@ -70,7 +70,7 @@ class SavesNoise(NoiseReadings, Optimizer):
         super().load_state_dict(state_dict)
 
     def _check_loaded(self, adaptation: Adaptation, state_dict: dict[str, Any]) -> None:
-        if not self._optimizer_load_state_dict_pre_hooks:  # they may make it fit
+        if not self._optimizer_load_state_dict_pre_hooks:  # these may make it fit
             check_state(self, state_dict)
         for group in state_dict["param_groups"][:1]:
             if "version" in group.get("noise", {}):

@@ -155,6 +155,10 @@ def of_another_model(state):
     state["state"][2]["exp_avg"] = torch.zeros(7, 8, dtype=torch.float64)
 
 
+def without_numbers(state):
+    state["param_groups"][0]["noise"] = None
+
+
 def of_another_optimizer(state):
     del state["param_groups"][0]["betas"], state["param_groups"][0]["eps"]
 
@@ -165,9 +169,10 @@ def of_another_optimizer(state):
         (older, "version 0, this is version"),
         (short, "lacks 'estimator.average.trace'"),
         (of_another_model, r"exp_avg of parameter 2 of group 0 has shape \(7, 8\) .*\(3, 8\)"),
+        (without_numbers, "group 0 of the state has noise=None"),
         (of_another_optimizer, "group 0 of the state has no betas, eps: it is not of NoiseAware"),
     ],
-    ids=["version", "numbers", "model", "optimizer"],
+    ids=["version", "numbers", "model", "none", "optimizer"],
 )
 def test_a_state_that_does_not_fit_changes_nothing(spoil, words):
     """Neither weights nor moments nor numbers, and the run goes on as if it had not been tried."""

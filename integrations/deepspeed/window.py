@@ -1,0 +1,86 @@
+"""A window of an engine in numbers: its micro-batches' gradients, and the mean that it applies."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from noiseopt.adaptation import Adaptation
+from noiseopt.capture import Measured, Row, squared_norms
+from noiseopt.integrations.deepspeed.leaves import LeafNorms
+from noiseopt.integrations.deepspeed.loop import LoopWatch
+from noiseopt.integrations.deepspeed.wrappers import PlainWrapper
+
+
+class EngineWindow:
+    """Measures the window that an engine is about to end.
+
+    Args:
+        engine: the engine.
+        wrapper: of its optimizer, which holds the mean gradient.
+        leaves: what was read of the micro-batches' own gradients.
+        loop: what was seen of the loop.
+        adaptation: agrees with other ranks.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        wrapper: Any,
+        leaves: LeafNorms,
+        loop: LoopWatch,
+        adaptation: Adaptation,
+    ) -> None:
+        self._engine, self._wrapper = engine, wrapper
+        self._leaves, self._loop, self._adaptation = leaves, loop, adaptation
+        self._device = torch.device(engine.device)
+
+    def agree(self, steps: int, at_once: bool) -> tuple[Row, Tensor]:
+        """Make a window's row.
+
+        Args:
+            steps: its micro-batches.
+            at_once: whether the norm is wanted of all the parts that ranks hold.
+
+        Returns:
+            The row, and the norm of the mean, before it is clipped.
+        """
+        mean = squared_norms(self._wrapper.mean(), self._device) / self._wrapper.loss_scale**2
+        total = mean.sum(0, keepdim=True)
+        measured = self._measured(steps, mean)
+        row = self._adaptation.agree(measured, total if at_once else None, at_once)
+        return row, total[0].sqrt()
+
+    def withheld(self, norm: Tensor) -> AbstractContextManager[None]:
+        """Withhold a mean that is not finite from an optimizer that would apply it."""
+        wrapper, acts = self._wrapper, self._adaptation.acts
+        if isinstance(wrapper, PlainWrapper) and acts and not norm < torch.inf:
+            return wrapper.withheld()
+        return nullcontext()
+
+    def applied_norm(self, norm: Tensor) -> Tensor | float:
+        """The norm of all ranks' mean after the update, before it was clipped."""
+        if isinstance(self._wrapper, PlainWrapper):
+            return norm
+        applied: Tensor | float = self._engine.get_global_grad_norm()
+        return applied
+
+    def _measured(self, steps: int, mean: Tensor) -> Measured:
+        """The window's norms, in terms of the micro-batches' own gradients.
+
+        Args:
+            steps: its micro-batches.
+            mean: of the mean gradient as it is applied, |.|^2 in each group.
+        """
+        leaves = self._leaves
+        factors = torch.stack(leaves.factors) / self._wrapper.loss_scale
+        weights = factors / factors.sum()
+        # A loop that ends a window early leaves fewer parts than the engine has divided by.
+        share_sq = factors.sum().clamp(max=1.0).square()
+        scale_sq = weights.square() * share_sq * self._wrapper.loss_scale**2
+        small = torch.stack(leaves.norms) / scale_sq[:, None]
+        big = mean / share_sq if self._loop.shows_each(steps) else mean * torch.nan
+        samples = weights.new_tensor(self._adaptation.samples.take_window(steps))
+        seen = small.sum(1) if self._adaptation.measures else mean.sum()
+        return Measured(small, big, samples, weights * seen.isfinite(), None)
