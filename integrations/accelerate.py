@@ -35,7 +35,10 @@ def follow_windows(accelerator: Any) -> None:
             'DeepSpeed config that has the section "noise_aware"'
         )
 
-    if any(type(each).__name__ == "AcceleratedScheduler" for each in accelerator._schedulers):
+    stretched = any(
+        type(each).__name__ == "AcceleratedScheduler" for each in accelerator._schedulers
+    )
+    if stretched and accelerator.is_main_process:
         logger.warning(
             "the learning rate's scheduler was given to accelerator.prepare(), which advances it "
             "once for each update: it stretches as windows grow; name it in the DeepSpeed config, "

@@ -1,12 +1,10 @@
-"""Accelerate and the transformers Trainer over a noise-aware DeepSpeed engine.
-
-On the CPU neither tells its ranks apart under DeepSpeed, so one rank runs them.
-"""
+"""Accelerate and the transformers Trainer over a noise-aware engine, on two real ranks."""
 
 import functools
 import math
 import os
 from contextlib import contextmanager
+from statistics import fmean
 
 import pytest
 import torch
@@ -15,33 +13,48 @@ from noiseopt import NoiseConfig
 from noiseopt.control.controller import MEASURED_AT_FIRST
 from tests.distributed import engines
 from tests.distributed.engines import Warnings, config_of
-from tests.distributed.ranks import result, run_on_ranks
+from tests.distributed.ranks import RANKS, result, run_on_ranks
 from tests.optim.helpers import GROWING, build, loss_of
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.distributed
 
 STAGES = (0, 2, 3)
 SETTINGS = {"noise": GROWING | {"decision_interval": 1}, "lr": 1e-2, "gradient_clipping": 10.0}
-EPOCHS, LOADED = 3, 51  # micro-batches in an epoch: the last window of two is cut short
+EPOCHS, LOADED = 3, 51  # a rank's micro-batches in an epoch: the last window of two is cut short
+UPDATES = 30  # of the Trainer, in three epochs
 
 
 @contextmanager
-def accelerator_of(config):
-    """An Accelerator over DeepSpeed, with nothing of it left behind."""
+def enabled():
+    """DeepSpeed as Accelerate finds it on these ranks, with nothing of it left behind.
+
+    Accelerate chooses a backend by the accelerator: on a CPU it has to be told one, or it takes
+    each rank to be alone.
+    """
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate import PartialState
     from accelerate.state import AcceleratorState, GradientState
 
     from noiseopt.integrations import deepspeed
 
     deepspeed.enable()
     try:
-        yield Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+        assert PartialState(backend="gloo").num_processes == RANKS
+        yield
     finally:
         deepspeed.disable()
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         del os.environ["ACCELERATE_USE_DEEPSPEED"]
+
+
+@contextmanager
+def accelerator_of(config):
+    """An Accelerator over DeepSpeed."""
+    with enabled():
+        from accelerate import Accelerator, DeepSpeedPlugin
+
+        yield Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
 
 
 def accelerated(rank, stage, follow):
@@ -60,15 +73,26 @@ def accelerated(rank, stage, follow):
         net, optimizer, loader = accelerator.prepare(net, optimizer, loader)
         if follow:
             follow_windows(accelerator)
+        ends = []
         for _ in range(EPOCHS):
-            for batch in loader:
+            for at, batch in enumerate(loader, start=1):
+                if at == LOADED:
+                    ends.append(squared_norm(net, batch))
                 with accelerator.accumulate(net):
                     accelerator.backward(loss_of(net, batch))
                     optimizer.step()
                     optimizer.zero_grad()
-        seen = facts(net)
+        seen = facts(net) | {"ends": ends}
         net.destroy()
         return seen
+
+
+def squared_norm(engine, batch):
+    """Of the gradient of one micro-batch, by plain autograd on a model with the same weights."""
+    twin = build(torch.float32)
+    torch.nn.utils.vector_to_parameters(engines.weights_of(engine), twin.parameters())
+    grads = torch.autograd.grad(loss_of(twin, batch), list(twin.parameters()))
+    return sum(grad.square().sum().item() for grad in grads)
 
 
 def stretched(rank):
@@ -88,13 +112,16 @@ def stretched(rank):
 
 
 def loader_of(batches):
-    data = torch.randn(4 * batches, 6), torch.randn(4 * batches, 3)
-    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), batch_size=4)
+    """So many micro-batches for each rank, among which Accelerate divides them."""
+    samples = RANKS * engines.MICRO_BATCH * batches
+    data = torch.utils.data.TensorDataset(torch.randn(samples, 6), torch.randn(samples, 3))
+    return torch.utils.data.DataLoader(data, batch_size=engines.MICRO_BATCH)
 
 
 def facts(engine):
     decisions = engine.noise_aware.decisions
     return {
+        "decisions": decisions,
         "decided": [decision.accumulation_steps for decision in decisions],
         "windows": [window for decision in decisions for window in decision.windows],
         "losses": [decision.loss for decision in decisions],
@@ -109,8 +136,6 @@ def trained(rank, stage, folder):
     engines.set_up(rank)
     os.environ["HF_HUB_OFFLINE"] = "1"
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
-
-    from noiseopt.integrations import deepspeed
 
     config = config_of(stage, lr="auto", gradient_clipping="auto", noise=SETTINGS["noise"])
     config["optimizer"]["params"]["weight_decay"] = "auto"
@@ -138,8 +163,8 @@ def trained(rank, stage, folder):
             deepspeed=config,
             per_device_train_batch_size=4,
             gradient_accumulation_steps=2,
-            max_steps=30,
-            save_steps=20,
+            max_steps=UPDATES,
+            save_steps=UPDATES // 2,
             learning_rate=1e-2,
             lr_scheduler_type="constant",
             report_to=[],
@@ -151,11 +176,8 @@ def trained(rank, stage, folder):
         trainer.train(**resume)
         return facts(trainer.deepspeed) | {"steps": trainer.state.global_step}
 
-    deepspeed.enable()
-    try:
-        return train(), train(resume_from_checkpoint=f"{folder}/checkpoint-20")
-    finally:
-        deepspeed.disable()
+    with enabled():
+        return train(), train(resume_from_checkpoint=f"{folder}/checkpoint-{UPDATES // 2}")
 
 
 @pytest.fixture(scope="module")
@@ -171,26 +193,40 @@ def ranks(tmp_path_factory):
     for stage in STAGES:
         folder = str(tmp_path_factory.mktemp("trainer"))
         cases[f"trainer {stage}"] = functools.partial(trained, stage=stage, folder=folder)
-    return run_on_ranks(cases, tmp_path_factory.mktemp("ranks"), ranks=1)
+    return run_on_ranks(cases, tmp_path_factory.mktemp("ranks"))
+
+
+def alike(ranks, name):
+    """What both ranks saw; fails where they do not agree."""
+    first, second = result(ranks, name)
+    assert first["decisions"] == second["decisions"]
+    torch.testing.assert_close(first["weights"], second["weights"], rtol=0, atol=0)
+    assert all(window.norms.count == RANKS * window.micro_batches for window in first["windows"])
+    return first
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_accelerate_keeps_its_windows_and_the_rest_adapts(ranks, stage):
-    (seen,) = result(ranks, f"own {stage}")
+    seen = alike(ranks, f"own {stage}")
     lengths = [window.micro_batches for window in seen["windows"]]
     assert lengths == EPOCHS * ([2] * (LOADED // 2) + [1])
     assert set(seen["decided"]) == {2}
-    # The short window at the end of an epoch is measured as what it is: one gradient.
-    for at, window in list(enumerate(seen["windows"]))[LOADED // 2 :: LOADED // 2 + 1]:
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_short_window_at_the_end_of_an_epoch_is_measured_as_what_it_is(ranks, stage):
+    windows = alike(ranks, f"own {stage}")["windows"]
+    ends = zip(*(seen["ends"] for seen in result(ranks, f"own {stage}")), strict=True)
+    for epoch, expected in enumerate(ends, start=1):
+        at = epoch * (LOADED // 2 + 1) - 1
         measured = at < MEASURED_AT_FIRST or at % NoiseConfig().measure_interval == 0
-        assert window.norms.small_sq == (pytest.approx(window.norms.big_sq) if measured else ())
-    typical = sum(w.norms.small_sq[0] for w in seen["windows"][:25]) / 25
-    assert seen["windows"][25].norms.small_sq[0] > typical / 3
+        mean = (pytest.approx(fmean(expected), rel=1e-5),)
+        assert windows[at].norms.small_sq == (mean if measured else ())
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_accelerate_follows_the_decisions_where_it_is_led(ranks, stage):
-    (seen,) = result(ranks, f"led {stage}")
+    seen = alike(ranks, f"led {stage}")
     lengths = [window.micro_batches for window in seen["windows"]]
     wanted = [2, *seen["decided"][:-1]]
     cut = [at for at, (got, want) in enumerate(zip(lengths, wanted, strict=True)) if got != want]
@@ -202,17 +238,20 @@ def test_accelerate_follows_the_decisions_where_it_is_led(ranks, stage):
 
 
 def test_a_scheduler_that_accelerate_keeps_is_warned_of(ranks):
-    (texts,) = result(ranks, "stretched")
-    assert sum("it stretches as windows grow" in text for text in texts) == 1
+    told, silent = result(ranks, "stretched")
+    assert sum("it stretches as windows grow" in text for text in told) == 1
+    assert not any("it stretches" in text for text in silent)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_transformers_trainer_measures_and_resumes(ranks, stage):
-    ((whole, resumed),) = result(ranks, f"trainer {stage}")
-    assert whole["steps"] == resumed["steps"] == 30
-    assert [window.micro_batches for window in whole["windows"]] == [2] * 30
+    (whole, resumed), (_, elsewhere) = result(ranks, f"trainer {stage}")
+    assert whole["steps"] == resumed["steps"] == UPDATES
+    assert [window.micro_batches for window in whole["windows"]] == [2] * UPDATES
+    assert all(window.norms.count == 2 * RANKS for window in whole["windows"])
     # ln 32 by 7 of 8 tokens, of which the Trainer gives each backward a half.
     assert whole["losses"][0] == pytest.approx(math.log(32) * 7 / 8, rel=0.02)
-    assert len(resumed["decided"]) == 10
+    assert len(resumed["decided"]) == UPDATES // 2
     torch.testing.assert_close(resumed["weights"], whole["weights"], rtol=0, atol=0)
-    assert resumed["losses"] == whole["losses"][-10:]
+    assert resumed["losses"] == whole["losses"][-UPDATES // 2 :]
+    assert resumed["decisions"] == elsewhere["decisions"]
