@@ -286,6 +286,8 @@ class Adaptation:
             self._controller = self._controller.learn(window)
             self._windows.append(window)
             self._standstill.see(window.applied)
+            if window.norms is not None and not self.samples.are_told:  # with weights of their own
+                self._agreement.see_mean(window.norms)
 
     def shorten(self, steps: int, taken: int) -> None:
         """Let the open window, of which so many were taken, be shorter than was decided."""

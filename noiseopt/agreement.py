@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from noiseopt.capture import ENDED, Row, as_tensor, device_of, squared_norms
 from noiseopt.distributed import DIGESTS, Ranks, ddp_around, digest, refuse_join, spread
-from noiseopt.estimate import NoiseEstimate
+from noiseopt.estimate import NoiseEstimate, WindowNorms
 
 TOLERANCE = 1e-12  # of the relative variance of the mean gradient's squared norm
 SAME = 1e-14  # what rounding leaves of the relative variance of equal numbers
 SUSPECT = 0.02  # noise over a micro-batch's squared gradient
+SUMMED = 1.5  # the mean's squared norm over the mean of the squared norms, which is 1 at most
 WINDOWS_TO_BE_SURE = 3
 WINDOWS_AT_ONCE = 20  # of a run's first; mistakes in a loop show there
 CHECKS = 4  # numbers that show whether ranks go together
@@ -56,6 +57,7 @@ class Agreement:
         self._with_same_data = 0
         self._with_same_randomness = 0
         self._with_like_data = False
+        self._longer_than_a_mean = 0
 
     def see_ranks(
         self, groups: Sequence[Sequence[Tensor]], process_group: dist.ProcessGroup | None
@@ -205,9 +207,10 @@ class Agreement:
                     "gradients differ between ranks at step() (relative spread of the squared "
                     f"norm {mean:.2g}): the backward ran without synchronisation, for instance "
                     "under no_sync() or on a model that is not wrapped; synchronise the "
-                    "gradients, run each forward and backward inside optimizer.accumulate(model), "
-                    "or pass a process_group of the ranks that share them; updates may have been "
-                    "made with them already: go on from a checkpoint"
+                    "gradients, run each forward and backward inside optimizer.accumulate(model) "
+                    "(of one optimizer, where two share a model), or pass a process_group of the "
+                    "ranks that share them; updates may have been made with them already: go on "
+                    "from a checkpoint"
                 )
             if state > SAME:
                 self._stop_for_state(together)
@@ -250,6 +253,27 @@ class Agreement:
                 "nearly the same data, which each should have a part of, for instance by a "
                 f"DistributedSampler; or micro-batches of {micro_batch:.4g} {noise.unit} are far "
                 f"larger than the noise asks for, which is {noise.scale_upper:.3g} at most"
+            )
+
+    def see_mean(self, norms: WindowNorms) -> None:
+        """Warn, once, where gradients are longer than the mean over ranks of what these brought.
+
+        The squared norm is convex, so that of a mean is at most the mean of the squared norms.
+
+        Args:
+            norms: of a window of equal micro-batches.
+        """
+        if self.ranks.data == 1 or not norms.small_sq:
+            return
+        mean, own = sum(norms.big_sq), sum(norms.small_sq)
+        self._longer_than_a_mean = _in_a_row(self._longer_than_a_mean, mean > SUMMED * own)
+        if self._longer_than_a_mean == WINDOWS_TO_BE_SURE:
+            self.ranks.warn(
+                f"the gradients at step() are longer (squared norm {mean:.3g}) than a mean of what "
+                f"the ranks' backwards brought can be ({own:.3g}): where they are summed over "
+                "ranks and not averaged, as by a communication hook or FSDP2's "
+                "set_gradient_divide_factor(1.0), the noise is measured wrongly; have them "
+                f"averaged, and multiply the loss by the {self.ranks.data} ranks"
             )
 
     def _watch_randomness(self, same: bool) -> None:

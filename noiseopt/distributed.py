@@ -8,7 +8,7 @@ import gc
 import logging
 import weakref
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import compress
@@ -236,6 +236,25 @@ def refuse_join(ddp: Any) -> None:
             "inside optimizer.accumulate(model), and call optimizer.flush() on every rank when "
             "its data ends"
         )
+
+
+def sync_buffers(ddp_modules: Iterable[Any], groups: Sequence[Sequence[Tensor]]) -> None:
+    """Send rank 0's buffers to all, as DDP does for each forward after it averaged gradients.
+
+    Args:
+        ddp_modules: in any order, which may be another on each rank.
+        groups: the parameters of the optimizer, whose order is that of the collectives.
+    """
+    modules = [module for module in ddp_modules if module.modules_buffers]
+    if len(modules) > 1:
+        places = {p: index for index, p in enumerate(p for params in groups for p in params)}
+        modules.sort(key=lambda m: min(places.get(p, len(places)) for p in m.parameters()))
+    for module in modules:
+        as_it_was = module.require_forward_param_sync
+        module.require_forward_param_sync = True
+        if module.will_sync_module_buffers():
+            module._sync_buffers()
+        module.require_forward_param_sync = as_it_was
 
 
 @dataclass(frozen=True)

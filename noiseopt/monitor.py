@@ -201,7 +201,10 @@ class NoiseMonitor(NoiseReadings):
         samples = adaptation.samples.take_window(self._num_taken)
         row = adaptation.agree(self._capture.close(groups, samples, self._loss_scale()))
         self._micro_batches += len(samples)
-        end_row(row, True, norm_of_mean(row) > adaptation.max_norm)
+        # A GradScaler lets fused kernels skip by themselves, inside a step that was called.
+        found_inf = getattr(optimizer, "found_inf", None)
+        applied = True if found_inf is None else found_inf == 0
+        end_row(row, applied, applied & (norm_of_mean(row) > adaptation.max_norm))
         adaptation.close_window(row, self._lr)
 
     def _loss_scale(self) -> float | Tensor:

@@ -50,7 +50,7 @@ class NoiseAwareLR(LRScheduler):
         scheduler: the user's own schedule, whose `step()` takes no argument.
 
     Raises:
-        ValueError: the schedule belongs to another optimizer.
+        ValueError: the schedule belongs to another optimizer, or this one has such a scaling.
         TypeError: its `step()` takes a metric.
     """
 
@@ -61,6 +61,12 @@ class NoiseAwareLR(LRScheduler):
             raise TypeError(
                 "ReduceLROnPlateau takes a metric in its step(): call that yourself, and give "
                 "NoiseAwareLR the monitor alone"
+            )
+        hooks = monitor.optimizer._optimizer_step_pre_hooks.values()
+        if any(isinstance(getattr(hook, "__self__", None), NoiseAwareLR) for hook in hooks):
+            raise ValueError(
+                "the optimizer has a NoiseAwareLR, and two would scale each other's rates: call "
+                "detach() of the one that is there"
             )
         self.optimizer = monitor.optimizer
         self.monitor = monitor

@@ -69,6 +69,11 @@ class NoiseAwareEngine(DeepSpeedEngine):  # type: ignore[misc]
         with self.noise_aware.update(lr_kwargs or {}):
             super()._take_model_step(lr_kwargs)
 
+    def zero_grad(self) -> None:
+        """Clear gradients, but not those of an open window, which its update is to take."""
+        if self.noise_aware is None or not self.noise_aware.keeps_gradients():
+            super().zero_grad()
+
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """Say whether the next micro-batch ends a window, as Accelerate does before each."""
         self._leave_windows("set_gradient_accumulation_boundary()")

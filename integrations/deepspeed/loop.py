@@ -53,6 +53,21 @@ class LoopWatch:
                 "after each engine.backward(), or use coalesce_grad_reduction()"
             )
 
+    def keeps_gradients(self) -> bool:
+        """Whether gradients are to stay, since an open window's update is to take them; tells so.
+
+        A gradient whose step has not come yet is the loop's, which may throw it away.
+        """
+        calls = int(self._engine.micro_steps) - self._began_at
+        if self._control.loop_ends_windows or not 0 < len(self._leaves) == calls:
+            return False
+        self.tell(
+            "zero_grad",
+            "zero_grad() inside a window is passed over, since it would throw away the window's "
+            "earlier micro-batches: leave it out, DeepSpeed clears gradients after each update",
+        )
+        return True
+
     def shows_each(self, passes: int) -> bool:
         """Whether each micro-batch was read, in one backward of its own; tells why not."""
         if self._leaves.strays:

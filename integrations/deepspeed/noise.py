@@ -60,6 +60,7 @@ class EngineNoise(NoiseReadings):
             engine, self._wrapper, self._leaves, self._loop, self._adaptation
         )
         self._ended: tuple[Row, float] | None = None  # a window's row, and the user's rate in it
+        _guard(engine.optimizer, self.keeps_gradients)
         self._started = self.tells_samples = False
         self._warned_of_open_window = False
         if engine.monitor.enabled:
@@ -111,6 +112,11 @@ class EngineNoise(NoiseReadings):
     def detach(self) -> None:
         """Stop measuring: remove every hook."""
         self._leaves.detach()
+        vars(self._engine.optimizer).pop("zero_grad", None)
+
+    def keeps_gradients(self) -> bool:
+        """Whether `zero_grad` is to leave gradients alone; see `LoopWatch.keeps_gradients`."""
+        return self._loop.keeps_gradients()
 
     # ------------------------------------------------------------------ one window
 
@@ -303,6 +309,17 @@ class EngineNoise(NoiseReadings):
         self._control.set_max_norm(self._adaptation.max_norm if acts else self.config.max_norm)
         self._engine.micro_steps = 0
         self._open_window()
+
+
+def _guard(optimizer: Any, keeps_gradients: Callable[[], bool]) -> None:
+    """Have an optimizer's `zero_grad` do nothing where gradients are to stay."""
+    clear = optimizer.zero_grad
+
+    def zero_grad(*args: Any, **kwargs: Any) -> None:
+        if not keeps_gradients():
+            clear(*args, **kwargs)
+
+    optimizer.zero_grad = zero_grad
 
 
 def _shape(param: Any) -> tuple[int, ...]:

@@ -73,9 +73,9 @@ def read_section(config: Any) -> Settings | None:
         raise TypeError(
             f'"{SECTION}" is {section!r}: it must be an object, such as {{"mode": "auto"}}'
         )
+    _check_keys(section)
     if not _bool(section, "enabled", True) or section.get("mode") == "off":
         return None
-    _check_keys(section)
     for refusal in REFUSALS:
         if refusal.applies(config):
             raise ValueError(f'"{refusal.key}" with "{SECTION}": {refusal.remedy}')

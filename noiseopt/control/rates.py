@@ -64,17 +64,23 @@ def scaled_beta(beta: float, exponent: float, least: float) -> float:
     return max(beta**exponent, min(least, beta)) if exponent != 1 else beta
 
 
-def bias_correction(beta: float, num_updates: int, log_decay: float) -> float:
-    """By what torch's debiased moment is too large where its beta was not constant.
+def bias_correction(
+    beta: float, own: float, num_updates: int, log_decay: float, own_log_decay: float
+) -> float:
+    """By what scaling a beta makes torch's debiased moment too large, or too small.
 
     torch divides a moment by 1 - beta^t with today's beta. What it holds is the weight
-    1 - prod(beta_s) of all earlier ones.
+    1 - prod(beta_s) of all earlier ones. Where the user's own beta changes, torch is off by as much
+    without any scaling, which is left as it is.
 
     Args:
         beta: today's beta.
+        own: the user's own today.
         num_updates: t, this update included.
         log_decay: the sum of log(beta_s) over the t updates, this one included.
+        own_log_decay: the same of the user's own betas.
     """
-    if log_decay == 0 or beta == 0:
+    if own == 0 or (beta == own and log_decay == own_log_decay):
         return 1.0
-    return math.expm1(log_decay) / math.expm1(num_updates * math.log(beta))
+    held = math.expm1(log_decay) / math.expm1(own_log_decay)
+    return held * math.expm1(num_updates * math.log(own)) / math.expm1(num_updates * math.log(beta))

@@ -28,7 +28,7 @@ from noiseopt.capture import (
     settled,
 )
 from noiseopt.control import NoiseConfig
-from noiseopt.distributed import Ranks
+from noiseopt.distributed import Ranks, sync_buffers
 from noiseopt.loop_checks import LoopChecks
 from noiseopt.optim.ended import Ended
 from noiseopt.optim.external import ExternalWindows
@@ -231,7 +231,9 @@ class GradientCollector:
 
     def is_unstepped(self, groups: Groups) -> bool:
         """Whether the last micro-batch of `accumulate` was thrown away instead of stepped."""
-        return self._unstepped and all(p.grad is None for params in groups for p in params)
+        return self._unstepped and all(
+            p.grad is None or _is_zero(p.grad) for params in groups for p in params
+        )
 
     @property
     def saw_backward(self) -> bool:
@@ -307,5 +309,10 @@ class GradientCollector:
 
     def _reduce(self, groups: Groups, flushing: bool) -> tuple[Ended, bool]:
         row, done = reduce_window(self._window, groups, self._adaptation, flushing)
+        sync_buffers(self._adaptation.ddp_around(groups), groups)
         steps = math.ceil(row[STEPS].item() / self._ranks.data)
         return Ended(row, norm_of_mean(row), None, steps), done
+
+
+def _is_zero(grad: Tensor) -> bool:
+    return grad.layout == torch.strided and not bool(grad.any())

@@ -17,10 +17,13 @@ from noiseopt.control import Rates, bias_correction, scaled_beta
 
 Group = dict[str, Any]
 
-# The numbers of each group: the updates that entered Adam's moments, and by how much the sums of
-# log(beta1) and log(beta2) over them differ from what the user's own betas would have made them.
+# The numbers of each group: the updates that entered Adam's moments; by how much the sums of
+# log(beta1) and log(beta2) over them differ from what the user's own betas would have made them;
+# and those sums of the user's own, each 0 until its beta is scaled for the first time.
 UPDATES = "second_moment_updates"
 EXCESSES = ("first_moment_excess", "second_moment_excess")
+OWN_DECAYS = ("first_moment_own_decay", "second_moment_own_decay")
+_SUMS = tuple(zip(EXCESSES, OWN_DECAYS, strict=True))
 
 
 @contextmanager
@@ -60,7 +63,7 @@ def start_numbers(optimizer: Optimizer, group: Group) -> dict[str, float]:
 
 def numbers_after(num_updates: int) -> dict[str, float]:
     """The numbers of moments that took in so many updates at the same betas."""
-    return {UPDATES: num_updates, **dict.fromkeys(EXCESSES, 0.0)}
+    return {UPDATES: num_updates, **dict.fromkeys((*EXCESSES, *OWN_DECAYS), 0.0)}
 
 
 def scaled_values(
@@ -95,25 +98,26 @@ def _betas(
 ) -> tuple[tuple[Any, Any] | None, float]:
     """This update's betas (None for the user's own) and the correction of its step."""
     noise[UPDATES] += 1
-    excesses = [noise.get(key, 0.0) for key in EXCESSES]  # states from before lack the first
+    excesses = [noise.get(key, 0.0) for key in EXCESSES]  # states from before lack some
     if rates.beta1 == rates.beta2 == 1 and not any(excesses):
         return None, 1.0
     exponents, least = (rates.beta1, rates.beta2), (0.0, least_beta2)
     used, corrections = [], []
-    for key, beta, exponent, floor in zip(EXCESSES, own, exponents, least, strict=True):
-        scaled, correction = _moment(float(beta), key, noise, exponent, floor)
+    for keys, beta, exponent, floor in zip(_SUMS, own, exponents, least, strict=True):
+        scaled, correction = _moment(float(beta), keys, noise, exponent, floor)
         used.append(torch.full_like(beta, scaled) if isinstance(beta, Tensor) else scaled)
         corrections.append(correction)
     return (used[0], used[1]), math.sqrt(corrections[1]) / corrections[0]
 
 
 def _moment(
-    own: float, key: str, noise: dict[str, Any], exponent: float, least: float
+    own: float, keys: tuple[str, str], noise: dict[str, Any], exponent: float, least: float
 ) -> tuple[float, float]:
     """A moment's beta in this update, and by what torch's debiased moment is too large."""
     if own == 0:
         return own, 1.0
-    beta = scaled_beta(own, exponent, least)
-    noise[key] = noise.get(key, 0.0) + math.log(beta) - math.log(own)
-    log_decay = noise[UPDATES] * math.log(own) + noise[key]
-    return beta, bias_correction(beta, noise[UPDATES], log_decay)
+    beta, updates, log_own = scaled_beta(own, exponent, least), noise[UPDATES], math.log(own)
+    excess = noise.get(keys[0], 0.0) + math.log(beta) - log_own
+    own_decay = (noise.get(keys[1], 0.0) or (updates - 1) * log_own) + log_own
+    noise.update(zip(keys, (excess, own_decay), strict=True))
+    return beta, bias_correction(beta, own, updates, own_decay + excess, own_decay)

@@ -248,7 +248,7 @@ class NoiseAware(AppliesMeans):
         if self._collector.waits or self._collector.saw_backward:
             return False
         zero = all(not local(grad).any() for grad in self._all_grads())
-        return self._collector.agreed(zero)
+        return self._collector.agreed(zero and len(self._collector) == 0)
 
     def _settings(self) -> dict[str, object]:
         """The groups' hyper-parameters, as far as looking at them waits for no device."""

@@ -116,8 +116,11 @@ class SavesNoise(NoiseReadings, Optimizer):
 
     def _start_numbers(self, group: dict[str, Any]) -> None:
         noise = group.setdefault("noise", {})
+        there = start_numbers(self, group)
         if UPDATES not in noise:
-            noise.update(start_numbers(self, group))
+            noise.update(there)
+        elif there:  # torch's optimizer passes them over, and may have gone on since
+            noise[UPDATES] = max(noise[UPDATES], there[UPDATES])
 
     def __getstate__(self) -> dict[str, Any]:
         self._publish()

@@ -201,6 +201,25 @@ def own_hook(rank):
     return seen(optimizer, net)
 
 
+def summing_hook(state, bucket):
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])
+
+
+def summed_by_hook(rank):
+    """A communication hook that sums over ranks, and losses that are divided beforehand."""
+    messages = []
+    handler = watched(messages)
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(1))
+    wrapped = DistributedDataParallel(net)
+    wrapped.register_comm_hook(None, summing_hook)
+    batches = part(draw(STEPS * RANKS), rank)
+    train(wrapped, optimizer, batches, loss=lambda model, batch: loss_of(model, batch) / RANKS)
+    logging.getLogger("noiseopt").removeHandler(handler)
+    return [message for message in messages if "summed over ranks" in message]
+
+
 def uneven_weights(rank):
     """Ranks whose micro-batches hold different numbers of samples stay together."""
     net = build()
@@ -529,6 +548,7 @@ CASES = {
     "two losses": functools.partial(two_backwards_a_step, synchronised=True),
     "thrown away": thrown_away_backwards,
     "own hook": own_hook,
+    "summing hook": summed_by_hook,
     "uneven": uneven_weights,
     "sums": summed_losses,
     "unsynchronised": unsynchronised_step,
@@ -684,6 +704,12 @@ def test_a_communication_hook_of_the_user_stays(ranks):
     assert_agreed(first, second)
     expected = alone(1, torch.float32)
     assert_same_windows(first["windows"][:1], expected["windows"][:1], 1e-2)
+
+
+def test_gradients_that_are_summed_and_not_averaged_are_told_once(ranks):
+    first, second = result(ranks, "summing hook")
+    assert len(first) == 1
+    assert second == []
 
 
 def test_unequal_samples_do_not_part_the_ranks(ranks):

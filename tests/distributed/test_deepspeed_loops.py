@@ -202,6 +202,31 @@ def direct_backward(rank, stage):
         return facts(engine)["windows"], texts
 
 
+def clearing_run(rank, stage, clears):
+    """A loop ported from plain torch, which clears gradients after every micro-batch."""
+    engines.set_up(rank)
+    with Warnings() as texts, engine_of(config_of(stage=stage, steps=2)) as engine:
+        for batch in batches_of(5, rank):
+            step(engine, batch)
+            if clears == "engine":
+                engine.zero_grad()
+            elif clears == "optimizer":
+                engine.optimizer.zero_grad()
+        return facts(engine), texts, engine.noise_aware.taken
+
+
+def thrown_away(rank, stage):
+    """A gradient that the loop throws away before its step, which DeepSpeed lets it do."""
+    engines.set_up(rank)
+    with Warnings() as texts, engine_of(config_of(stage=stage)) as engine:
+        bad, good = batches_of(2, rank)
+        engine.backward(loss_of(engine, bad))
+        engine.zero_grad()
+        gone = all(param.grad is None for param in engine.module.parameters())
+        step(engine, good)
+        return gone, texts
+
+
 def used_twice(rank, stage):
     """A layer inside and outside of a reentrant checkpoint: its gradient comes in two parts."""
     from tests.distributed.test_deepspeed import UsedTwice
@@ -456,6 +481,12 @@ CASES = {
     **{f"twice {s}": (twice_backward, {"stage": s}) for s in STAGES},
     **{f"direct {s}": (direct_backward, {"stage": s}) for s in (1, 2, 3)},
     **{f"used twice {s}": (used_twice, {"stage": s}) for s in (0, 1)},
+    **{
+        f"clearing {s} {clears}": (clearing_run, {"stage": s, "clears": clears})
+        for s in (0, 1, 3)
+        for clears in ("never", "engine", "optimizer")
+    },
+    "thrown away": (thrown_away, {"stage": 0}),
     "counted": (counted, {}),
     "differing": (differing, {}),
     **{f"advised {s}": (advised, {"stage": s}) for s in STAGES},
@@ -579,6 +610,28 @@ def test_a_gradient_in_two_parts_is_not_measured(ranks, stage):
         assert sum("came in parts" in text for text in texts) == (rank == 0)
         assert all(window.applied for window in windows)
         assert not any(window.norms and window.norms.finite for window in windows)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("clears", ["engine", "optimizer"])
+def test_gradients_that_are_cleared_inside_a_window_are_kept(ranks, stage, clears):
+    for (kept, _, _), (seen, texts, taken) in zip(
+        result(ranks, f"clearing {stage} never"),
+        result(ranks, f"clearing {stage} {clears}"),
+        strict=True,
+    ):
+        torch.testing.assert_close(seen["weights"], kept["weights"], rtol=0, atol=0)
+        assert seen["decisions"] == kept["decisions"]
+        assert taken == 1
+        assert len(texts) <= 1
+    told = result(ranks, f"clearing {stage} {clears}")[0][1]
+    assert "throw away the window's earlier micro-batches" in told[0]
+
+
+def test_a_gradient_may_be_thrown_away_before_its_step(ranks):
+    for gone, texts in result(ranks, "thrown away"):
+        assert gone
+        assert not any("zero_grad" in text for text in texts)
 
 
 def test_samples_may_be_told(ranks):

@@ -149,7 +149,7 @@ def scaled(rank):
     return seen(optimizer, net)
 
 
-def scaler_that_skips(rank, skipped):
+def scaler_that_skips(rank, skipped, set_to_none=True):
     """An overflow on one rank, whose GradScaler leaves step() out there and nowhere else."""
     net = build(torch.float32)
     optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
@@ -160,7 +160,7 @@ def scaler_that_skips(rank, skipped):
             (loss * torch.inf if rank == 1 and index in skipped else loss).backward()
         scaler.step(optimizer)
         scaler.update(2.0)
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none)
     optimizer.flush()
     return seen(optimizer, net)
 
@@ -174,6 +174,38 @@ def frozen_inside(rank):
     net.requires_grad_(False)
     optimizer.flush()
     return seen(optimizer, net)
+
+
+class WithBuffer(nn.Module):
+    """A model whose running mean is a part of its output."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = build()
+        self.register_buffer("mean", torch.zeros(6, dtype=torch.float64))
+
+    def forward(self, x):
+        if self.training:
+            self.mean.lerp_(x.detach().mean(0), 0.1)
+        return self.net(x - self.mean)
+
+
+def buffered(rank, steps):
+    """The buffers and weights of two models, trained by ours and by a plain loop's windows."""
+    batches = part(draw(6 * RANKS), rank)
+    ours, plain = (DistributedDataParallel(WithBuffer()) for _ in range(2))
+    loop(NoiseAwareAdamW(ours.parameters(), lr=LR, noise=measured(steps)), ours, batches)
+    optimizer = torch.optim.AdamW(plain.parameters(), LR)
+    for index, batch in enumerate(batches, start=1):
+        with nullcontext() if index % steps == 0 else plain.no_sync():
+            (loss_of(plain, batch) / steps).backward()
+        if index % steps == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    for wrapped in (ours, plain):  # DDP sends its buffers in the forward that follows
+        wrapped.eval()
+        wrapped(batches[0][0])
+    return *(each.module.mean for each in (ours, plain)), weights_of(ours), weights_of(plain)
 
 
 def other_weights(rank):
@@ -341,6 +373,8 @@ CASES = {
     "skip last": functools.partial(scaler_that_skips, skipped=(3, 7)),
     "skip two": functools.partial(scaler_that_skips, skipped=(2, 3)),
     "skip end": functools.partial(scaler_that_skips, skipped=(11,)),
+    "skip to zeros": functools.partial(scaler_that_skips, skipped=(2,), set_to_none=False),
+    **{f"buffers {steps}": functools.partial(buffered, steps=steps) for steps in (1, 2, 3)},
     "frozen inside": frozen_inside,
     "other weights": other_weights,
     "inner module": inner_module,
@@ -478,7 +512,13 @@ def test_loss_scales_that_differ_between_ranks_and_steps(ranks):
 
 @pytest.mark.parametrize(
     ("name", "skipped"),
-    [("skip one", (2,)), ("skip last", (3, 7)), ("skip two", (2, 3)), ("skip end", (11,))],
+    [
+        ("skip one", (2,)),
+        ("skip last", (3, 7)),
+        ("skip two", (2, 3)),
+        ("skip end", (11,)),
+        ("skip to zeros", (2,)),
+    ],
 )
 def test_a_grad_scaler_that_skips_on_one_rank_leaves_out_that_alone(ranks, name, skipped):
     first, second = result(ranks, name)
@@ -495,6 +535,15 @@ def test_a_grad_scaler_that_skips_on_one_rank_leaves_out_that_alone(ranks, name,
         ]
         train(net, optimizer, [tuple(torch.cat(parts) for parts in zip(*left, strict=True))])
     torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_buffers_are_those_of_a_loop_that_averages_in_each_windows_last_backward(ranks, steps):
+    first, second = result(ranks, f"buffers {steps}")
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    ours, plain, weights, plain_weights = first
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
+    torch.testing.assert_close(weights, plain_weights, rtol=0, atol=1e-9)
 
 
 def test_parameters_that_are_frozen_inside_a_window_get_its_mean(ranks):

@@ -103,6 +103,8 @@ CONTRADICTIONS = {
 MISTAKES = {
     "typo": (section(mdoe="auto"), ["noise_aware.mdoe", '"mode"']),
     "half a name": (section(max_accumulation=8), ["noise_aware", '"max_accumulation_steps"']),
+    "switched off": (section(mode="off", bogus=1), ["noise_aware.bogus", "known are"]),
+    "not enabled": (section(enabled=False, modes="auto"), ["noise_aware.modes", '"mode"']),
     "nothing near": (section(zzz=1), ["noise_aware.zzz", "known are", "max_accumulation_steps"]),
     "no string": ({"noise_aware": {7: 1}}, ["noise_aware.7", "known are"]),
     "accumulation": (section(accumulation="external"), ["noise_aware.accumulation", "leave it"]),

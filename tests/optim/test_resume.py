@@ -297,6 +297,18 @@ def test_ours_loads_into_torch_and_trains_there():
     assert same_bits(params_of(model), params_of(run.model))
 
 
+def test_updates_that_torch_made_between_count():
+    """torch carries our numbers along, and makes its own updates meanwhile."""
+    batches = draw(60, dtype=torch.float32)
+    run = Run("AdamW", fixed(1, probe_interval=0)).until(20, batches)
+    model = build(torch.float32)
+    plain = torch.optim.AdamW(model.parameters())
+    plain.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    train(model, plain, batches[20:50])
+    run.optimizer.load_state_dict(plain.state_dict())
+    assert run.optimizer.param_groups[0]["noise"]["second_moment_updates"] == 50
+
+
 @pytest.mark.parametrize(("first", "second"), [("off", GROWS), (GROWS, "off"), ("advise", GROWS)])
 def test_a_state_moves_between_modes(first, second):
     """ "off" ignores the numbers and keeps them for a later run."""

@@ -212,6 +212,18 @@ def test_the_zero_step_of_checkpointing_builds_the_state_and_is_not_counted(make
     assert optimizer.state_dict()["param_groups"][0]["noise"]["micro_batches"] == 8
 
 
+def test_a_micro_batch_of_zeros_at_a_rate_of_zero_is_one_of_its_window():
+    """A schedule that starts at 0, and labels of which a micro-batch has none."""
+    model = build()
+    optimizer = NoiseAwareAdamW(model.parameters(), lr=0.0, noise=fixed(3))
+    for index, batch in enumerate(draw(3)):
+        (loss_of(model, batch) * (index != 1)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.applied
+    assert optimizer.num_updates == 1
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("tensor_lr", [False, True])
 def test_a_warm_up_that_starts_at_zero_is_counted(sparse, tensor_lr):

@@ -8,8 +8,9 @@ import torch
 from noiseopt import NoiseAwareAdam, NoiseAwareAdamW, NoiseAwareSGD, NoiseConfig
 from noiseopt.capture import window
 from noiseopt.capture.tally import _DeviceTally
+from noiseopt.control import Rates
 from noiseopt.optim import update
-from noiseopt.optim.hyper import EXCESSES, UPDATES
+from noiseopt.optim.hyper import EXCESSES, UPDATES, numbers_after, scaled_values
 from tests.optim.helpers import (
     PAIRS,
     build,
@@ -325,6 +326,21 @@ def test_moments_of_a_torch_checkpoint_are_corrected_from_their_own_age():
         loss_of(reference, batch).backward()
         slow.step(lr=factor, beta1=factor, beta2=2.0, weight_decay=1.0)
     assert difference(model, reference) <= 1e-10
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_a_beta1_of_the_users_that_rises_is_corrected_by_what_scaling_did(factor):
+    """As by OneCycleLR, whose momentum rises at the end."""
+    numbers, moments, updates = numbers_after(0), [0.0, 0.0], 600
+    for index in range(1, updates + 1):
+        own = 0.5 + 0.45 * index / updates
+        group = {"lr": 1.0, "betas": (own, 0.99), "weight_decay": 0.0}
+        values = scaled_values(group, numbers, Rates(lr=factor, beta1=factor), 0.9, True)
+        betas = [own, values["betas"][0]]
+        moments = [beta * m + 1 - beta for beta, m in zip(betas, moments, strict=True)]
+        plain, scaled = (m / (1 - beta**index) for beta, m in zip(betas, moments, strict=True))
+        assert betas[1] == pytest.approx(own**factor)
+        assert values["lr"] * scaled == pytest.approx(factor * plain, rel=1e-9)
 
 
 def test_a_state_from_before_beta1_followed_goes_on():

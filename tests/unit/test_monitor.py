@@ -271,7 +271,8 @@ def test_a_checkpoint_loaded_after_the_schedule_was_built_counts():
     trained, fresh = build(), build()
     old = AdamW(trained.parameters(), lr=LR)
     train(trained, old, draw(50))
-    optimizer, monitor, _, _ = attach(fresh, growing())
+    optimizer = AdamW(fresh.parameters(), lr=LR)
+    monitor = NoiseMonitor(optimizer, growing())
     schedule = NoiseAwareLR(monitor, StepLR(optimizer, 100))
     optimizer.load_state_dict(old.state_dict())
     run(fresh, optimizer, monitor, draw(2), schedule)
@@ -281,6 +282,29 @@ def test_a_checkpoint_loaded_after_the_schedule_was_built_counts():
     )
     assert schedule.last_epoch == schedule.scheduler.last_epoch
     assert schedule.base_lrs == [LR]
+
+
+def test_a_second_scaling_of_one_optimizer_is_refused():
+    """As where a notebook's cell is run again: each would put back what the other had scaled."""
+    optimizer, monitor, schedule, _ = attach(build(), fixed(2))
+    with pytest.raises(ValueError, match=r"has a NoiseAwareLR.*detach\(\)"):
+        NoiseAwareLR(NoiseMonitor(optimizer))
+    schedule.detach()
+    NoiseAwareLR(monitor)
+
+
+def test_a_step_that_the_fused_kernel_skips_for_a_grad_scaler_is_no_update():
+    model = build(torch.float32)
+    optimizer = AdamW(model.parameters(), lr=LR, fused=True)
+    scaler = GradScaler("cpu", init_scale=2.0)
+    monitor = NoiseMonitor(optimizer, fixed(1), grad_scaler=scaler)
+    for index, batch in enumerate(draw(6, dtype=torch.float32)):
+        (scaler.scale(loss_of(model, batch)) * (torch.inf if index == 2 else 1)).backward()
+        scaler.step(optimizer)
+        scaler.update(2.0)
+        optimizer.zero_grad()
+    assert monitor.num_updates == 5 == next(iter(optimizer.state.values()))["step"]
+    assert monitor.micro_batches == 6
 
 
 def test_another_scheduler_cannot_run_ours_and_says_what_to_do():

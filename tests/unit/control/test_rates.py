@@ -72,10 +72,29 @@ def test_the_bias_correction_is_that_of_a_loop_with_changing_betas(betas):
         weight = beta * weight + (1 - beta)
     assert moment / weight == pytest.approx(value)  # the loop's own check
     of_torch = moment / (1 - betas[-1] ** len(betas))
-    factor = bias_correction(betas[-1], len(betas), math.fsum(map(math.log, betas)))
+    updates, own = len(betas), 0.9
+    decay, own_decay = math.fsum(map(math.log, betas)), len(betas) * math.log(own)
+    factor = bias_correction(betas[-1], own, updates, decay, own_decay)
     assert of_torch == pytest.approx(value * factor, rel=1e-6)
 
 
-def test_a_constant_beta_needs_no_correction():
-    assert bias_correction(0.95, 7, 7 * math.log(0.95)) == pytest.approx(1, rel=1e-12)
-    assert bias_correction(0.0, 3, -math.inf) == 1.0
+def test_a_beta_that_is_not_scaled_needs_no_correction():
+    decay = 7 * math.log(0.95)
+    assert bias_correction(0.95, 0.95, 7, decay, decay) == 1
+    assert bias_correction(0.0, 0.0, 3, -math.inf, -math.inf) == 1.0
+
+
+@given(
+    st.lists(st.floats(0.3, 0.9999), min_size=2, max_size=60),
+    st.floats(1 / 8, 8),
+)
+def test_a_changing_beta_of_the_users_own_is_corrected_by_what_scaling_did(own, exponent):
+    """The moment with scaled betas over that with the user's own, each as torch debiases it."""
+    moments, betas = [0.0, 0.0], [0.0, 0.0]
+    for each in own:
+        betas = [each, scaled_beta(each, exponent, 0.0)]
+        moments = [b * m + 1 - b for b, m in zip(betas, moments, strict=True)]
+    plain, scaled = (m / (1 - b ** len(own)) for m, b in zip(moments, betas, strict=True))
+    logs = math.fsum(map(math.log, own))
+    factor = bias_correction(betas[1], own[-1], len(own), exponent * logs, logs)
+    assert 0 < factor == pytest.approx(scaled / plain, rel=1e-6)
