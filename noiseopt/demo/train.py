@@ -16,7 +16,7 @@ from noiseopt import NoiseAwareAdamW, NoiseConfig
 from noiseopt.demo.gpt import GPT, Shape
 from noiseopt.demo.text import Corpus, fixed_excerpts, micro_batches
 
-POINTS = 120  # rows of the loss table, at most
+POINTS = 100  # rows of the loss table, at most
 VALIDATIONS = 8  # of them with a validation loss, evenly spaced
 
 
@@ -38,7 +38,7 @@ class Settings:
         shape: the size of the model.
     """
 
-    steps: int = 1200
+    steps: int = 900
     seed: int = 0
     batch_size: int = 8
     lr: float = 1.5e-3
