@@ -246,8 +246,8 @@ class Adaptation:
             row: from `agree`, with how the window ended.
             lr: reads the user's learning rate; called only for a decision.
         """
+        due = self.is_due
         self._rows.append(row)
-        due = self._num_windows % self.config.decision_interval == 0
         if due:
             self._decide(lr())
         self._open_window()
@@ -259,6 +259,11 @@ class Adaptation:
     def open_window(self) -> str:
         """The name of the open window, for errors."""
         return f"window {self._num_windows + 1}"
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the end of the open window brings a decision."""
+        return (self._num_windows + 1) % self.config.decision_interval == 0
 
     @property
     def _num_windows(self) -> int:

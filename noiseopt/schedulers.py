@@ -33,6 +33,7 @@ from noiseopt.optim.hyper import (
     scaled_values,
     start_numbers,
 )
+from noiseopt.optim.unsure import UnsureUpdates
 
 T = TypeVar("T")
 
@@ -74,6 +75,8 @@ class NoiseAwareLR(LRScheduler):
         self._decoupled = decouples_weight_decay(type(self.optimizer))
         # Filled at the first step, so that a state loaded before it counts.
         self._numbers: list[dict[str, float]] = []
+        self._unsure = UnsureUpdates(monitor.config.min_beta2)
+        self._decision = monitor.decision
         self._saved: list[dict[str, Any]] = []
         self._advanced = monitor.micro_batches
         self._handles = [
@@ -120,6 +123,7 @@ class NoiseAwareLR(LRScheduler):
     def state_dict(self) -> dict[str, Any]:
         """The state of the user's schedule, and the numbers of this one."""
         inner = None if self.scheduler is None else self.scheduler.state_dict()
+        self._unsure.settle(self._numbers)
         return {"scheduler": inner, "second_moments": [dict(n) for n in self._numbers]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -127,6 +131,7 @@ class NoiseAwareLR(LRScheduler):
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state_dict["scheduler"])
         self._numbers = [dict(n) for n in state_dict["second_moments"]]
+        self._unsure.forget()
         self._advanced = self.monitor.micro_batches
 
     def detach(self) -> None:
@@ -138,8 +143,13 @@ class NoiseAwareLR(LRScheduler):
         self._put_back()
         rates, least = self.monitor.rates, self.monitor.config.min_beta2
         groups = optimizer.param_groups
+        if len(self._numbers) < len(groups):
+            self._unsure.settle(self._numbers)
         while len(self._numbers) < len(groups):
             self._numbers.append(start_numbers(optimizer, groups[len(self._numbers)]))
+        found_inf = getattr(optimizer, "found_inf", None)  # set by a GradScaler for fused kernels
+        if found_inf is not None:
+            self._unsure.add(found_inf != 0, self._numbers, groups, rates)
         for group, numbers in zip(groups, self._numbers, strict=True):
             values = scaled_values(group, numbers, rates, least, self._decoupled)
             self._saved.append({key: group[key] for key in values})
@@ -147,6 +157,9 @@ class NoiseAwareLR(LRScheduler):
 
     def _restore(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._put_back()
+        if self.monitor.decision is not self._decision:  # which has waited for the device
+            self._decision = self.monitor.decision
+            self._unsure.settle(self._numbers)
 
     def _put_back(self) -> None:
         """Also after a step that raised: then before a rate is scheduled, saved or used again."""

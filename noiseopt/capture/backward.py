@@ -12,7 +12,7 @@ from torch import Tensor
 
 from noiseopt.capture.norms import device_of, squared_norms
 from noiseopt.capture.passes import BackwardPasses
-from noiseopt.capture.row import Measured
+from noiseopt.capture.row import Measured, like
 from noiseopt.capture.sharding import Share
 
 
@@ -160,7 +160,7 @@ class BackwardCapture:
         self.clear()
         counts = torch.stack([parts.new_full((), value) for value in samples])
         weights = counts / counts.sum()
-        scale_sq = torch.as_tensor(loss_scale).to(parts.device, parts.dtype).square()
+        scale_sq = like(loss_scale, parts).square()
         small = parts / weights.square()[:, None] / scale_sq
         # A shorter window's sum the loop may have clipped or unscaled: not to be learned from.
         big = parts.new_full((len(groups),), math.nan) if mean is None else mean

@@ -83,8 +83,8 @@ def _device_row(
         ones,
         ones - counted,
     ]
-    loss = sum(loss.to(small.device, small.dtype, non_blocking=True) for loss in losses)
-    rest = torch.stack([_like(value, small) for value in (loss, len(losses), 0.0, 1.0, 0.0)])
+    loss = sum(like(loss, small) for loss in losses)
+    rest = torch.stack([like(value, small) for value in (loss, len(losses), 0.0, 1.0, 0.0)])
     return torch.cat([small, big, torch.stack(sums).sum(1), rest])
 
 
@@ -145,9 +145,10 @@ def big_columns(row: Tensor) -> Tensor:
     return row[groups : 2 * groups]
 
 
-def _like(value: Tensor | float, other: Tensor) -> Tensor:
+def like(value: Tensor | float, other: Tensor) -> Tensor:
+    """A number where another tensor is, and of its type. Nothing waits for it."""
     if isinstance(value, Tensor):
-        return value.to(other.dtype)
+        return value.to(other.device, other.dtype, non_blocking=True)
     return other.new_full((), value)
 
 

@@ -5,7 +5,6 @@ FSDP2 has made, or what the loop itself has accumulated: an optimizer gets from 
 ends, the mean in `p.grad` and what it took to measure it.
 """
 
-import math
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 
 from noiseopt.adaptation import Adaptation
 from noiseopt.capture import (
-    STEPS,
     WEIGHT,
     BackwardCapture,
     GradientWindow,
@@ -308,9 +306,8 @@ class GradientCollector:
         return Ended(row, norm_of_mean(row), scale, steps)
 
     def _reduce(self, groups: Groups, flushing: bool) -> tuple[Ended, bool]:
-        row, done = reduce_window(self._window, groups, self._adaptation, flushing)
+        row, steps, done = reduce_window(self._window, groups, self._adaptation, flushing)
         sync_buffers(self._adaptation.ddp_around(groups), groups)
-        steps = math.ceil(row[STEPS].item() / self._ranks.data)
         return Ended(row, norm_of_mean(row), None, steps), done
 
 

@@ -23,6 +23,7 @@ Group = dict[str, Any]
 UPDATES = "second_moment_updates"
 EXCESSES = ("first_moment_excess", "second_moment_excess")
 OWN_DECAYS = ("first_moment_own_decay", "second_moment_own_decay")
+MOMENTS = (UPDATES, *EXCESSES, *OWN_DECAYS)
 _SUMS = tuple(zip(EXCESSES, OWN_DECAYS, strict=True))
 
 
@@ -81,7 +82,7 @@ def scaled_values(
     values: Group = {}
     step = rates.lr
     if UPDATES in noise:
-        betas, correction = _betas(group["betas"], noise, rates, least_beta2)
+        betas, correction = scaled_betas(group["betas"], noise, rates, least_beta2)
         step *= correction
         if betas is not None:
             values["betas"] = betas
@@ -93,10 +94,13 @@ def scaled_values(
     return values
 
 
-def _betas(
+def scaled_betas(
     own: tuple[Any, Any], noise: dict[str, Any], rates: Rates, least_beta2: float
 ) -> tuple[tuple[Any, Any] | None, float]:
-    """This update's betas (None for the user's own) and the correction of its step."""
+    """This update's betas (None for the user's own) and the correction of its step.
+
+    The group's numbers, `noise`, take in this update.
+    """
     noise[UPDATES] += 1
     excesses = [noise.get(key, 0.0) for key in EXCESSES]  # states from before lack some
     if rates.beta1 == rates.beta2 == 1 and not any(excesses):

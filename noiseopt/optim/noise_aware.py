@@ -25,6 +25,7 @@ from noiseopt.optim.collector import GradientCollector
 from noiseopt.optim.ended import Ended
 from noiseopt.optim.hyper import decouples_weight_decay
 from noiseopt.optim.saving import SavesNoise
+from noiseopt.optim.unsure import UnsureUpdates
 from noiseopt.optim.update import AppliesMeans
 from noiseopt.words import can_measure
 
@@ -90,6 +91,7 @@ class NoiseAware(AppliesMeans):
             self.config, self.rate_rule, group_names(self.param_groups), ranks
         )
         self._adaptation.settings = self._settings
+        self._unsure = UnsureUpdates(self.config.min_beta2)
         self._collector = GradientCollector(self.config, ranks, groups, self._adaptation)
         self._restore()
 
@@ -230,6 +232,8 @@ class NoiseAware(AppliesMeans):
         finally:
             self._collector.clear(keep_memory=True)
         end_row(ended.row, self._applied, clipped)
+        if self._adaptation.is_due:
+            self._unsure.settle(self._numbers())
         try:
             self._adaptation.close_window(ended.row, self._user_lr)
         finally:  # an observer that raises finds everything in place

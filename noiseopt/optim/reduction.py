@@ -5,6 +5,7 @@ up, in fp32 or wider, and divided by the sum of all weights. So ranks may bring 
 samples, or of micro-batches, and the mean is still that over all samples.
 """
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from noiseopt.adaptation import Adaptation
 from noiseopt.capture import (
+    STEPS,
     WEIGHT,
     GradientWindow,
     as_tensor,
@@ -30,8 +32,11 @@ Groups = Sequence[Sequence[Tensor]]
 
 def reduce_window(
     window: GradientWindow, groups: Groups, adaptation: Adaptation, flushing: bool
-) -> tuple[Tensor, bool]:
+) -> tuple[Tensor, int, bool]:
     """End a window of every rank's own gradients, leaving the mean over all in `p.grad`.
+
+    Which of them there are on any rank is read before they are summed: on an accelerator this waits
+    for it, once.
 
     Args:
         window: this rank's part of it.
@@ -40,7 +45,7 @@ def reduce_window(
         flushing: whether this rank has no more micro-batches to come.
 
     Returns:
-        The window's row, and whether no rank has more to come.
+        The window's row, its micro-batches on each rank, and whether no rank has more to come.
 
     Raises:
         RuntimeError: a gradient is sparse, or a rank does not take part.
@@ -49,19 +54,21 @@ def reduce_window(
     measured, sums = window.hand_out(groups)
     sparse = sum(total.layout != torch.strided for total in sums.values())
     flags = [*(param in sums for param in params), flushing, sparse]
-    told = torch.tensor(flags, dtype=sum_dtype(window.device), device=window.device)
+    told = torch.tensor(flags, dtype=sum_dtype(window.device), device="cpu")
+    told = told.to(window.device, non_blocking=True)
     row = as_tensor(adaptation.agree(measured, told))
-    *ranks_with, done, sparse = told.tolist()
+    numbers = torch.cat([told, row]).tolist()
+    *ranks_with, done, sparse = numbers[: len(flags)]
     if sparse:
         raise RuntimeError(
             f"{sparse:g} gradients are sparse, which the optimizer does not sum over ranks: leave "
             "out optimizer.accumulate(), or build the embedding with sparse=False"
         )
-    if bool(row[WEIGHT] > 0):
+    if (weight := numbers[WEIGHT]) > 0:
         brought = [param for param, ranks in zip(params, ranks_with, strict=True) if ranks]
         totals = [_sum_of(param, sums, wide_type(param)) for param in brought]
         adaptation.ranks.sum_gradients_(totals, adaptation.open_window)
-        scale_all(totals, 1 / row[WEIGHT])
+        scale_all(totals, 1 / weight)
         for param, total in zip(brought, totals, strict=True):
             if param.grad is None:
                 param.grad = total.to(param.dtype)
@@ -69,7 +76,8 @@ def reduce_window(
                 param.grad.copy_(total)
     grads = [[grad for p in group if (grad := p.grad) is not None] for group in groups]
     big_columns(row).copy_(squared_norms(grads, row.device) + 0 / row[WEIGHT])
-    return row, round(done) == adaptation.ranks.all
+    ranks = adaptation.ranks
+    return row, math.ceil(numbers[STEPS] / ranks.data), round(done) == ranks.all
 
 
 def _sum_of(param: Tensor, sums: Mapping[Tensor, Tensor], dtype: torch.dtype) -> Tensor:

@@ -18,6 +18,7 @@ from noiseopt.distributed import Ranks
 from noiseopt.optim.checks import check_group, check_state
 from noiseopt.optim.collector import GradientCollector
 from noiseopt.optim.hyper import UPDATES, start_numbers
+from noiseopt.optim.unsure import UnsureUpdates
 from noiseopt.readings import NoiseReadings
 from noiseopt.words import describe
 
@@ -28,6 +29,7 @@ class SavesNoise(NoiseReadings, Optimizer):
     config: NoiseConfig
     _process_group: dist.ProcessGroup | None
     _collector: GradientCollector
+    _unsure: UnsureUpdates
     _logged = False
     _warned_of_open_window = False
 
@@ -36,6 +38,8 @@ class SavesNoise(NoiseReadings, Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; its gradients are measured from the next micro-batch on."""
+        if self._adaptation:
+            self._unsure.settle(self._numbers())
         super().add_param_group(param_group)
         if self._adaptation:
             group = self.param_groups.pop()
@@ -96,6 +100,7 @@ class SavesNoise(NoiseReadings, Optimizer):
                 "window again; take it where optimizer.applied is true to lose nothing",
                 stacklevel=3,
             )
+        self._unsure.settle(self._numbers())
         numbers = self._adaptation.to_numbers(dropped)
         for group in self.param_groups:
             group["noise"] = group["noise"] | numbers
@@ -104,6 +109,7 @@ class SavesNoise(NoiseReadings, Optimizer):
         """Go on from the numbers in the groups, or start where there are none."""
         assert self._adaptation is not None
         self._collector.clear(keep_memory=False)
+        self._unsure.forget()
         self._logged = False  # ranks compare what they go on from, as at the start
         numbers = self.param_groups[0].get("noise", {})
         if "version" in numbers:
@@ -149,6 +155,10 @@ class SavesNoise(NoiseReadings, Optimizer):
                         stacklevel=2,
                     )
             self._begin()
+
+    def _numbers(self) -> list[dict[str, Any]]:
+        """Those of each group."""
+        return [group["noise"] for group in self.param_groups]
 
     def _all_params(self) -> list[list[Tensor]]:
         return [group["params"] for group in self.param_groups]

@@ -45,7 +45,7 @@ class AppliesMeans(SavesNoise):
         assert self._adaptation is not None
         rates = self._adaptation.rates(steps)
         groups = self.param_groups
-        numbers = [dict(group["noise"]) for group in groups]
+        numbers = [dict(each) for each in self._numbers()]
         values = [
             scaled_values(group, noise, rates, self.config.min_beta2, self._decoupled)
             for group, noise in zip(groups, numbers, strict=True)
@@ -60,6 +60,8 @@ class AppliesMeans(SavesNoise):
                 self._torch_step_scaled(factor, found_inf)
             else:
                 self._torch_step()
+        if isinstance(found_inf, Tensor):
+            self._unsure.add(found_inf, self._numbers(), groups, rates)
         for group, noise in zip(groups, numbers, strict=True):
             group["noise"] = noise
 

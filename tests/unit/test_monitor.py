@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR, SequentialLR, StepLR
 from noiseopt import NoiseAwareAdamW
 from noiseopt.control import NoiseConfig
 from noiseopt.monitor import NoiseMonitor
+from noiseopt.optim.hyper import UPDATES
 from noiseopt.schedulers import AccumulationScheduler, ClipScheduler, NoiseAwareLR
 from tests.optim.helpers import advise, build, difference, draw, fixed, growing, loss_of, train
 
@@ -297,12 +298,16 @@ def test_a_step_that_the_fused_kernel_skips_for_a_grad_scaler_is_no_update():
     model = build(torch.float32)
     optimizer = AdamW(model.parameters(), lr=LR, fused=True)
     scaler = GradScaler("cpu", init_scale=2.0)
-    monitor = NoiseMonitor(optimizer, fixed(1), grad_scaler=scaler)
+    monitor = NoiseMonitor(optimizer, fixed(1, decision_interval=3), grad_scaler=scaler)
+    schedule = NoiseAwareLR(monitor)
+    counted = []
     for index, batch in enumerate(draw(6, dtype=torch.float32)):
         (scaler.scale(loss_of(model, batch)) * (torch.inf if index == 2 else 1)).backward()
         scaler.step(optimizer)
         scaler.update(2.0)
         optimizer.zero_grad()
+        counted.append(schedule._numbers[0][UPDATES])
+    assert counted == [1, 2, 2, 3, 4, 5]  # the third micro-batch brought a decision
     assert monitor.num_updates == 5 == next(iter(optimizer.state.values()))["step"]
     assert monitor.micro_batches == 6
 
