@@ -196,7 +196,8 @@ class GradientWindow:
         if isinstance(finite, Tensor) and (len(self) > 0 or not closes):
             lost = ~finite
             for grad in (grad for group in grads for grad in group):
-                grad.masked_fill_(lost.to(grad.device), 0)
+                values = grad if grad.layout == torch.strided else grad._values()
+                values.masked_fill_(lost.to(grad.device, non_blocking=True), 0)
         return finite
 
     @property

@@ -5,12 +5,14 @@ The ways for an accelerator are held to those for the CPU, which other tests hol
 
 import pytest
 import torch
+from torch import nn
 
 from noiseopt import NoiseAwareAdamW, NoiseAwareSGD, NoiseMonitor
+from noiseopt.capture.tally import _DeviceTally
 from noiseopt.optim.hyper import MOMENTS, UPDATES
 from noiseopt.schedulers import AccumulationScheduler, ClipScheduler, NoiseAwareLR
 from tests.accelerator import DEVICE, Accelerator, OnDevice, to_device
-from tests.optim.helpers import advise, build, draw, growing, loss_of
+from tests.optim.helpers import advise, build, draw, fixed, growing, loss_of
 
 BATCHES = 80
 READ = {"tolist"}  # what waiting for the numbers of all windows at once looks like
@@ -251,6 +253,29 @@ def monitored(model, batches):
     return monitor, steps()
 
 
+def test_sparse_gradients_that_are_not_finite_are_left_out(monkeypatch):
+    """The pretended device has none: here the tally is that of a device, and the data on the CPU."""
+
+    def weights():
+        torch.manual_seed(0)
+        model = nn.Embedding(6, 3, sparse=True)
+        optimizer = NoiseAwareSGD(model.parameters(), lr=0.1, noise=fixed(3), momentum=0.0)
+        for index in range(9):
+            loss = model(torch.tensor([index % 6, 2, 2])).square().sum()
+            (loss * (torch.nan if index in (1, 5, 6, 7, 8) else 1)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model.weight.detach()
+
+    here = weights()
+    monkeypatch.setattr(
+        "noiseopt.capture.window.tally_on",
+        lambda device, sums, share: _DeviceTally(sums, share, device),
+    )
+    assert here.isfinite().all()
+    torch.testing.assert_close(weights(), here)
+
+
 # ---------------------------------------------------------------------- updates that are skipped
 
 
@@ -289,6 +314,18 @@ def test_skipped_updates_do_not_count_for_the_moments(saves):
     for there, here in zip(seen[DEVICE.type], seen["cpu"], strict=True):
         assert there == pytest.approx(here, rel=1e-3)
         assert there[UPDATES] == here[UPDATES]
+
+
+def test_skipped_updates_are_known_before_a_group_is_added():
+    with Accelerator():
+        model = to_device(build(torch.float32))
+        optimizer = NoiseAwareAdamW(model[0].parameters(), lr=1e-2, noise=fixed(1), fused=True)
+        for factor in (1.0, torch.nan, 1.0):
+            (model(OnDevice(torch.ones(4, 6))).square().mean() * factor).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        optimizer.add_param_group({"params": model[2].parameters()})
+        assert [group["noise"][UPDATES] for group in optimizer.param_groups] == [2, 0]
 
 
 def test_state_goes_over_to_the_next_process():
