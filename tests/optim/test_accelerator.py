@@ -254,7 +254,7 @@ def monitored(model, batches):
 
 
 def test_sparse_gradients_that_are_not_finite_are_left_out(monkeypatch):
-    """The pretended device has none: here the tally is that of a device, and the data on the CPU."""
+    """The pretended device has none: here the tally is a device's, and the data is on the CPU."""
 
     def weights():
         torch.manual_seed(0)
