@@ -2,7 +2,8 @@
 
 Its tensors keep their data out of sight and say that they are on `DEVICE`, so code goes the ways
 that it goes on a GPU; kernels run on the CPU. Written down is what makes the host wait for a GPU:
-reading a number, and copies between host and device that are not told to go on meanwhile.
+reading a number, and copies between host and device that are not told to go on meanwhile. Copies
+to the host that are have not come yet when they are read: they are nan.
 """
 
 import importlib
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 DEVICE = torch.device("lazy")  # which needs nothing that a CPU build of torch lacks
 CPU = torch.device("cpu")
 aten = torch.ops.aten
+COPIES = (aten._to_copy.default, aten.copy_.default)
 READS = (aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default)
 
 
@@ -138,6 +140,10 @@ def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     def on_cpu(device: torch.device) -> torch.device:
         return CPU if device == DEVICE else device
 
+    tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+    places = {isinstance(each, OnDevice) for each in tensors if each.dim() > 0}
+    takes_both = func in COPIES or "_foreach_" in func._schema.name  # which takes each pair alone
+    assert takes_both or len(places) < 2, f"{func} takes tensors of two devices"
     inputs = tree_map_only(Tensor, held, (list(args), dict(kwargs)))
     on_host, named = tree_map_only(torch.device, on_cpu, inputs)
     asked = kwargs.get("device")
@@ -148,4 +154,7 @@ def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
             return owners[id(tensor)]
         return OnDevice(tensor) if stays and not any(tensor is each for each in args) else tensor
 
-    return tree_map_only(Tensor, given, func(*on_host, **named))
+    found = tree_map_only(Tensor, given, func(*on_host, **named))
+    if func is aten._to_copy.default and owners and not stays and kwargs.get("non_blocking"):
+        found.fill_(torch.nan)
+    return found

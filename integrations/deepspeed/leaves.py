@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from noiseopt.capture.hooks import Hooks
-from noiseopt.capture.norms import begun_norm, joined_norm, unknown_norms
+from noiseopt.capture.norms import begun_norm, joined_norm, moved, unknown_norms
 
 
 class LeafNorms:
@@ -68,7 +68,7 @@ class LeafNorms:
         if measured:
             norms = torch.stack([self._joined(index) for index in range(self._num_groups)])
         self.norms.append(norms)
-        self.factors.append(factors[0].to(norms.device, norms.dtype, non_blocking=True))
+        self.factors.append(moved(factors[0], norms.device, norms.dtype))
         self._arrived.clear()
 
     def clear(self) -> None:

@@ -3,6 +3,7 @@
 from noiseopt.capture.backward import BackwardCapture as BackwardCapture
 from noiseopt.capture.local_norms import LocalNorms as LocalNorms
 from noiseopt.capture.norms import device_of as device_of
+from noiseopt.capture.norms import moved as moved
 from noiseopt.capture.norms import squared_norms as squared_norms
 from noiseopt.capture.norms import sum_dtype as sum_dtype
 from noiseopt.capture.row import APPLIED as APPLIED

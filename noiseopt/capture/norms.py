@@ -69,7 +69,7 @@ def joined_norm(begun: Sequence[Tensor], device: torch.device) -> Tensor:
     for (source, _), norms in by_kind.items():
         stacked = torch.stack(norms).to(sum_dtype(source))
         squares = stacked if source.type == "cpu" else stacked.square()
-        total += squares.sum().to(device, total.dtype, non_blocking=True)
+        total += moved(squares.sum(), device, total.dtype)
     return total
 
 
@@ -82,6 +82,14 @@ def device_of(groups: Sequence[Sequence[Tensor]]) -> torch.device:
     """Where norms are kept: with the first parameter there is."""
     devices = (local(param).device for params in groups for param in params)
     return next(devices, torch.device("cpu"))
+
+
+def moved(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A tensor on a device. Nothing waits for it, but for what comes to the CPU.
+
+    There it would be read before it has come: torch copies it to pinned memory meanwhile.
+    """
+    return value.to(device, dtype, non_blocking=device.type != "cpu")
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
@@ -110,7 +118,7 @@ def _squared_norm(grads: Sequence[Tensor], device: torch.device) -> Tensor:
         if source.type == "cpu":
             total += _sum_cpu(tensors)
         else:
-            total += _squares_foreach(tensors).sum().to(device, non_blocking=True)
+            total += moved(_squares_foreach(tensors).sum(), device, total.dtype)
     return total
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from noiseopt.control import Window
+from noiseopt.capture.norms import moved
 from noiseopt.estimate import WindowNorms
 
 TAIL = 12
@@ -146,9 +147,9 @@ def big_columns(row: Tensor) -> Tensor:
 
 
 def like(value: Tensor | float, other: Tensor) -> Tensor:
-    """A number where another tensor is, and of its type. Nothing waits for it."""
+    """A number where another tensor is, and of its type."""
     if isinstance(value, Tensor):
-        return value.to(other.device, other.dtype, non_blocking=True)
+        return moved(value, other.device, other.dtype)
     return other.new_full((), value)
 
 

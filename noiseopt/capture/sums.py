@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from noiseopt.capture.norms import moved
 from noiseopt.capture.sharding import local, whole
 
 _WIDE = {
@@ -134,7 +135,7 @@ def scale_all(tensors: Sequence[Tensor], factor: Tensor | float) -> None:
         if device.type == "cpu" or not isinstance(factor, Tensor):
             torch._foreach_mul_(dense, float(factor))
         else:
-            torch._foreach_mul_(dense, factor.to(device, dtype, non_blocking=True))
+            torch._foreach_mul_(dense, moved(factor, device, dtype))
 
 
 def is_narrow(groups: Groups) -> bool:

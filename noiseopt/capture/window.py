@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from noiseopt.capture.norms import moved
 from noiseopt.capture.row import Measured
 from noiseopt.capture.sharding import Share
 from noiseopt.capture.sums import (
@@ -197,7 +198,7 @@ class GradientWindow:
             lost = ~finite
             for grad in (grad for group in grads for grad in group):
                 values = grad if grad.layout == torch.strided else grad._values()
-                values.masked_fill_(lost.to(grad.device, non_blocking=True), 0)
+                values.masked_fill_(moved(lost, grad.device, lost.dtype), 0)
         return finite
 
     @property

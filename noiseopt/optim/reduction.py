@@ -20,6 +20,7 @@ from noiseopt.capture import (
     GradientWindow,
     as_tensor,
     big_columns,
+    moved,
     scale_all,
     squared_norms,
     sum_dtype,
@@ -55,7 +56,7 @@ def reduce_window(
     sparse = sum(total.layout != torch.strided for total in sums.values())
     flags = [*(param in sums for param in params), flushing, sparse]
     told = torch.tensor(flags, dtype=sum_dtype(window.device), device="cpu")
-    told = told.to(window.device, non_blocking=True)
+    told = moved(told, window.device, told.dtype)
     row = as_tensor(adaptation.agree(measured, told))
     numbers = torch.cat([told, row]).tolist()
     *ranks_with, done, sparse = numbers[: len(flags)]

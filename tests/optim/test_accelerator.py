@@ -11,7 +11,7 @@ from noiseopt import NoiseAwareAdamW, NoiseAwareSGD, NoiseMonitor
 from noiseopt.capture.tally import _DeviceTally
 from noiseopt.optim.hyper import MOMENTS, UPDATES
 from noiseopt.schedulers import AccumulationScheduler, ClipScheduler, NoiseAwareLR
-from tests.accelerator import DEVICE, Accelerator, OnDevice, to_device
+from tests.accelerator import CPU, DEVICE, Accelerator, OnDevice, to_device
 from tests.optim.helpers import advise, build, draw, fixed, growing, loss_of
 
 BATCHES = 80
@@ -53,7 +53,7 @@ def test_what_goes_on_is_not():
         x.add_(x.new_full((), 3.0)).mul_(2)
         x[0] = 1.0
         x[1] = x.sum() + 0
-        x.to("cpu", non_blocking=True)
+        assert x.to("cpu", non_blocking=True).isnan().all()  # it has not come yet
         torch.full((2,), 1.0, device=x.device)
         torch._foreach_mul_([x], x[0] * 1)
         assert accelerator.waits == []
@@ -251,6 +251,44 @@ def monitored(model, batches):
             yield len(monitor.decisions) > decided, True
 
     return monitor, steps()
+
+
+class Hop(nn.Module):
+    """Takes activations from one device to another, if there are two."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device = device
+
+    def forward(self, inputs):
+        return inputs if self.device is None else inputs.to(self.device)
+
+
+@pytest.mark.parametrize("first_there", [True, False])
+def test_a_model_on_two_devices(first_there):
+    def weights(two_devices):
+        first, activation, second = build(torch.float32)
+        places = [None] * 3
+        if two_devices:
+            places = [DEVICE, CPU, CPU] if first_there else [CPU, DEVICE, CPU]
+            to_device(first if first_there else second)
+        model = nn.Sequential(
+            Hop(places[0]), first, Hop(places[1]), activation, second, Hop(places[2])
+        )
+        optimizer = NoiseAwareAdamW(model.parameters(), lr=1e-2, noise=CONFIG, foreach=False)
+        for index, batch in enumerate(draw(BATCHES, dtype=torch.float32)):
+            (loss_of(model, batch) * (torch.nan if index in NOT_FINITE else 1)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found = [getattr(param.detach(), "held", param.detach()) for param in model.parameters()]
+        return torch.cat([each.flatten() for each in found]), optimizer.decisions[-1].noise
+
+    with Accelerator():
+        there, noise = weights(two_devices=True)
+    here, same = weights(two_devices=False)
+    torch.testing.assert_close(there, here, rtol=1e-5, atol=1e-6)
+    assert noise.trace == pytest.approx(same.trace, rel=1e-4)
+    assert noise.signal == pytest.approx(same.signal, rel=1e-4)
 
 
 def test_sparse_gradients_that_are_not_finite_are_left_out(monkeypatch):
