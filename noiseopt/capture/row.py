@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from noiseopt.control import Window
 from noiseopt.capture.norms import moved
+from noiseopt.control import Window
 from noiseopt.estimate import WindowNorms
 
 TAIL = 12
