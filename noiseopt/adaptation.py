@@ -8,7 +8,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import torch
 import torch.distributed as dist
@@ -220,13 +220,20 @@ class Adaptation:
 
     # ------------------------------------------------------------------ windows and decisions
 
-    def agree(self, measured: Measured, extra: Tensor | None = None, at_once: bool = True) -> Row:
+    def agree(
+        self,
+        measured: Measured,
+        extra: Tensor | None = None,
+        at_once: bool = True,
+        rates: Rates | None = None,
+    ) -> Row:
         """Make a window's row, summed over the ranks; see `Agreement.sum_`.
 
         Args:
             measured: its gradients' norms.
             extra: further numbers to sum over the ranks, in place.
             at_once: whether the sums are needed before the window is closed.
+            rates: what its update scales by, where ranks may differ in it.
 
         Raises:
             RuntimeError: ranks do not go together.
@@ -235,7 +242,8 @@ class Adaptation:
         if self._clock and self._clock.untold:
             row[SECONDS] = self._clock.tell()
         if self.ranks.all > 1:
-            self._agreement.set_settings(self.settings())
+            used = {} if rates is None else {"factors of the window's length": astuple(rates)}
+            self._agreement.set_settings({**self.settings(), **used})
             self._agreement.sum_(row, self.num_groups, extra, self.open_window, at_once)
         return row
 
@@ -303,13 +311,20 @@ class Adaptation:
             )
         self.steps = steps
 
-    def keep_window(self) -> None:
-        """Decide on windows of the present length only, where someone else makes them."""
+    def set_window(self, steps: int) -> None:
+        """Take windows to be so long, where someone else makes them."""
+        state = replace(self._controller.state, accumulation_steps=steps, kept_steps=steps)
+        self._controller = replace(self._controller, state=state)
+        self._open_window()
+        self._begin()
+
+    def keep_window(self, steps: int) -> None:
+        """Decide on windows of that length only, where someone else makes them."""
         self.config = replace(
-            self.config, min_accumulation_steps=self.steps, max_accumulation_steps=self.steps
+            self.config, min_accumulation_steps=steps, max_accumulation_steps=steps
         )
         self._controller = replace(self._controller, config=self.config)
-        self._begin()
+        self.set_window(steps)
 
     def _open_window(self) -> None:
         """Fix what the next window uses, so that nothing changes inside it."""

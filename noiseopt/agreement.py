@@ -65,7 +65,8 @@ class Agreement:
         """See, before the first window, that the parameters are shared by these ranks.
 
         Raises:
-            RuntimeError: there are others than when the hooks were set.
+            RuntimeError: there are others than when the hooks were set, or their process group
+                cannot sum what is measured.
         """
         if Ranks.of(groups, process_group) != self.ranks:
             raise RuntimeError(
@@ -75,6 +76,7 @@ class Agreement:
                 "DDP averages over some ranks only"
             )
         if self.ranks.all > 1:
+            self.ranks.check_reach()
             self.ddp_around(groups)
 
     def ddp_around(self, groups: Sequence[Sequence[Tensor]]) -> Collection[nn.Module]:

@@ -8,10 +8,11 @@ import gc
 import logging
 import weakref
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import compress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import chain, compress
 from typing import Any
 
 import torch
@@ -20,7 +21,14 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
 from torch.nn.parallel import DistributedDataParallel
 
-from noiseopt.capture import Share, is_sharded, share_among, unsharded_leaves
+from noiseopt.capture import (
+    Share,
+    device_of,
+    is_sharded,
+    share_among,
+    spans_whole_mesh,
+    unsharded_leaves,
+)
 
 BUCKET_BYTES = 25 * 2**20
 DIGESTS = 2**16  # so few that sums of their squares show the least difference in fp64
@@ -49,12 +57,14 @@ class Ranks:
         model: over how many each of those spreads its model, as by tensor parallelism.
         sharded: whether `p.grad` holds only a part of the gradient.
         groups: the process groups to sum over in turn, to sum over all; None for the default one.
+        device: of the parameters.
     """
 
     data: int = 1
     model: int = 1
     sharded: bool = False
     groups: tuple[dist.ProcessGroup | None, ...] = ()
+    device: torch.device = field(default=torch.device("cpu"), compare=False)
 
     @classmethod
     def of(
@@ -70,16 +80,23 @@ class Ranks:
                 which DDP averages, and without DDP the default group.
 
         Raises:
-            ValueError: parameters are averaged over different ranks, or `process_group`
-                contradicts their mesh.
+            ValueError: parameters are averaged over different ranks, or in a way that is not
+                measured rightly; or `process_group` contradicts their mesh or DDP.
         """
         params = [param for params in groups for param in params]
+        _refuse_layouts(params)
+        if world_size(process_group) < 0:
+            raise ValueError(
+                "this rank is not in process_group: build the optimizer with the group of the "
+                "ranks that share its gradients"
+            )
+        device = device_of(groups)
         managed = {slot[2] for _, slots in unsharded_leaves(params) for slot in slots}
         layouts = {_layout(param, param in managed) for param in params if is_sharded(param)}
         if not layouts:
-            group = process_group or _ddp_group(groups)
+            group = _ddp_group(groups, process_group)
             data = world_size(group)
-            return cls(data, groups=(group,) if data > 1 else ())
+            return cls(data, groups=(group,) if data > 1 else (), device=device)
         sizes = {layout.data for layout in layouts if layout.data}
         if len({layout.averaged_over for layout in layouts if layout.data}) > 1:
             raise ValueError(
@@ -96,7 +113,7 @@ class Ranks:
                 f"process_group has {told} ranks, but the mesh averages gradients over {data}: "
                 "leave process_group out"
             )
-        return cls(data, model, True, _groups(widest, data * model, process_group))
+        return cls(data, model, True, _groups(widest, data * model, process_group), device)
 
     @property
     def all(self) -> int:
@@ -151,6 +168,26 @@ class Ranks:
                 f"takes {'as many micro-batches on each' if self.sharded else uneven}): {error}"
             ) from error
 
+    def _on_device(self) -> AbstractContextManager[object]:
+        """For objects, that NCCL sends from the current device, which the loop may not have set."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def check_reach(self) -> None:
+        """See that the process groups can sum what is kept with the parameters.
+
+        Raises:
+            RuntimeError: it is on the CPU, and they are for accelerators alone.
+        """
+        for group in self.groups:
+            summing: Any = group or dist.group.WORLD
+            kinds = {each.type for each in summing._device_types}
+            if self.device.type == "cpu" and "cpu" not in kinds:
+                raise RuntimeError(
+                    "parameters are on the CPU, as where FSDP2 offloads them, and the process "
+                    f"group sums on {', '.join(sorted(kinds))} only: initialise it for both, as by "
+                    "init_process_group('cpu:gloo,cuda:nccl')"
+                )
+
     def sum_gradients_(self, grads: Sequence[Tensor], what: str) -> None:
         """Sum gradients over all ranks, in place, in as few collectives as buckets allow.
 
@@ -158,7 +195,10 @@ class Ranks:
             grads: dense; of the same shapes, in the same order, on every rank.
             what: what is being summed, for the error.
         """
-        for bucket in _buckets([_real(grad) for grad in grads], BUCKET_BYTES):
+        by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
+        for grad in map(_real, grads):
+            by_device[grad.device].append(grad)
+        for bucket in chain(*(_buckets(each, BUCKET_BYTES) for each in by_device.values())):
             flat = self.sum_(_flatten(bucket), what)
             parts = _unflatten(flat, bucket)
             for grad, part in zip(bucket, parts, strict=True):
@@ -180,18 +220,43 @@ class Ranks:
         Raises:
             RuntimeError: ranks differ; names what differs, and how.
         """
-        for group in self.groups:
-            told: list[Mapping[str, Any]] = [{}] * dist.get_world_size(group)
-            with self._named(what):
-                dist.all_gather_object(told, dict(facts), group=group)
-            names = sorted({name for each in told for name in each})
-            differing = [n for n in names if any(each.get(n) != told[0].get(n) for each in told)]
-            if differing:
-                lines = [f"{n}: {[each.get(n) for each in told]}" for n in differing[:8]]
-                raise RuntimeError(
-                    f"ranks disagree on {what} (one value for each rank in its group): "
-                    + "; ".join(lines)
-                )
+        told = [dict(facts)]
+        for group in self.groups:  # all of them before anyone raises, and leaves others waiting
+            gathered: list[list[dict[str, Any]]] = [[]] * dist.get_world_size(group)
+            with self._named(what), self._on_device():
+                dist.all_gather_object(gathered, told, group=group)
+            told = list(chain(*gathered))
+        names = sorted({name for each in told for name in each})
+        differing = [n for n in names if any(each.get(n) != told[0].get(n) for each in told)]
+        if differing:
+            lines = [f"{n}: {[each.get(n) for each in told]}" for n in differing[:8]]
+            raise RuntimeError(
+                f"ranks disagree on {what} (one value for each rank): " + "; ".join(lines)
+            )
+
+
+def _refuse_layouts(params: Sequence[Tensor]) -> None:
+    """Refuse parallel models whose parameters do not show which ranks hold what.
+
+    Raises:
+        ValueError: names how the model is wrapped, and the remedy.
+    """
+    how = None
+    if any(hasattr(param, "_st_info") for param in params):
+        how = "DDP(device_mesh=...) around tensor-parallel parameters"
+    for module, slots in unsharded_leaves(params):
+        meshes: Any = [param for _, _, param in slots]
+        split = any(not placed.is_replicate() for param in meshes for placed in param.placements)
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        if "ReplicateModule" in kinds and split:
+            how = "replicate() around tensor-parallel parameters"
+        if spans_whole_mesh(module):
+            how = "fully_shard(dp_mesh_dims=...)"
+    if how is not None:
+        raise ValueError(
+            f"{how} is not measured rightly yet: use fully_shard(model, mesh=mesh['data']) over "
+            "parallelize_module, or noise='off'"
+        )
 
 
 def ddp_around(groups: Sequence[Sequence[Tensor]]) -> "weakref.WeakSet[nn.Module]":
@@ -203,10 +268,15 @@ def ddp_around(groups: Sequence[Sequence[Tensor]]) -> "weakref.WeakSet[nn.Module
     return weakref.WeakSet(each for each in wrappers if not own.isdisjoint(each.parameters()))
 
 
-def _ddp_group(groups: Sequence[Sequence[Tensor]]) -> dist.ProcessGroup | None:
-    """The process group over which DDP averages some parameters; None for the default one."""
+def _ddp_group(
+    groups: Sequence[Sequence[Tensor]], told: dist.ProcessGroup | None
+) -> dist.ProcessGroup | None:
+    """The process group over which DDP averages some parameters; None for the default one.
+
+    Without DDP it is what was told.
+    """
     if world_size(None) == 1:
-        return None
+        return told
     wrappers: Collection[Any] = ddp_around(groups)
     over = {tuple(_members(each)): each.process_group for each in wrappers}
     if len(over) > 1:
@@ -215,8 +285,13 @@ def _ddp_group(groups: Sequence[Sequence[Tensor]]) -> dist.ProcessGroup | None:
             "gradients averaged over those: give each its own optimizer"
         )
     for members, group in over.items():
+        if told is not None and set(dist.get_process_group_ranks(told)) != set(members):
+            raise ValueError(
+                f"process_group has the ranks {dist.get_process_group_ranks(told)}, but DDP "
+                f"averages gradients over {list(members)}: leave process_group out"
+            )
         return None if len(members) == world_size(None) else group
-    return None
+    return told
 
 
 def _members(ddp: Any) -> list[int]:

@@ -64,10 +64,21 @@ class SampleCounts:
         return samples, samples, False
 
     def take_window(self, micro_batches: int) -> list[float]:
-        """The samples of so many micro-batches, as far as they were told."""
+        """The samples of so many micro-batches, as far as they were told.
+
+        Raises:
+            ValueError: they were told of another number of them.
+        """
         counts = [samples for samples, _ in self._take_told()]
+        if micro_batches == 1:
+            counts = counts[-1:]
+        if len(counts) not in (0, micro_batches):
+            raise ValueError(
+                f"set_samples() was called {len(counts)} times for {micro_batches} micro-batches: "
+                "call it once for each, or never"
+            )
         if counts:
-            return counts if micro_batches > 1 else counts[-1:]
+            return counts
         return self._untold(micro_batches)
 
     def _take_told(self) -> list[tuple[float, float]]:
@@ -103,13 +114,15 @@ class Losses:
     def tell(self, loss: float | Tensor) -> None:
         """Take the loss of a micro-batch. Nothing waits for it.
 
+        It is copied: memory of a captured CUDA graph's holds the next loss soon.
+
         Raises:
             ValueError: it is not a single number.
         """
         if not isinstance(loss, Tensor):
             self._told.append(torch.tensor(float(loss), device="cpu"))
         elif loss.numel() == 1:
-            self._told.append(loss.detach().reshape(()))
+            self._told.append(loss.detach().clone().reshape(()))
         else:
             raise ValueError(f"the loss has shape {tuple(loss.shape)}: report one number")
         self.are_told = True

@@ -1,5 +1,6 @@
 """What is decided, carried out on an engine: window, clipping threshold, rates and schedule."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -113,12 +114,12 @@ class EngineControl:
             ticks, self._since_tick = divmod(self._since_tick + steps, self._first_steps)
         if scheduler is None:
             return
-        try:
-            for _ in range(ticks):
-                scheduler.step(**lr_kwargs)
-        except TypeError:
+        if not _takes(scheduler.step, lr_kwargs):
             # As in DeepSpeed: Megatron's schedulers take how many samples they advance by.
             scheduler.step(self._engine.train_batch_size())
+            return
+        for _ in range(ticks):
+            scheduler.step(**lr_kwargs)
 
     # ------------------------------------------------------------------ state
 
@@ -131,3 +132,12 @@ class EngineControl:
         """Go on from a state."""
         self._moments = [dict(each) for each in state["second_moments"]]
         self._since_tick = int(state["since_tick"])
+
+
+def _takes(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether it can be called with these arguments alone."""
+    try:
+        inspect.signature(function).bind(**kwargs)
+    except TypeError:
+        return False
+    return True

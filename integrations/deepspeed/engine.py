@@ -1,5 +1,6 @@
 """DeepSpeed's engine, noise-aware where its config says so."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,12 +16,14 @@ from noiseopt.integrations.deepspeed.section import (
     translate_optimizer,
 )
 
+logger = logging.getLogger("noiseopt")
+
 
 class NoiseAwareEngine(DeepSpeedEngine):  # type: ignore[misc]
     """A `DeepSpeedEngine`; one without the section in its config is left as it is.
 
     Attributes:
-        noise_aware: what it measures and decides; None without the section.
+        noise_aware: what it measures and decides; None without the section, or an optimizer.
     """
 
     noise_aware: EngineNoise | None = None
@@ -33,7 +36,9 @@ class NoiseAwareEngine(DeepSpeedEngine):  # type: ignore[misc]
             _refuse_parallel_model(kwargs.get("mpu"))
         translate_optimizer(config)
         super().__init__(*args, **kwargs)
-        if settings is not None:
+        if settings is not None and self.basic_optimizer is None:
+            _tell_of_no_optimizer(self.global_rank)
+        elif settings is not None:
             self._refuse_what_was_built()
             self.noise_aware = EngineNoise(self, settings)
 
@@ -170,6 +175,14 @@ class NoiseAwareEngine(DeepSpeedEngine):  # type: ignore[misc]
         if self.noise_aware is not None:
             self.noise_aware.detach()
         super().destroy()
+
+
+def _tell_of_no_optimizer(rank: int) -> None:
+    if rank == 0:
+        logger.warning(
+            "noise: the engine has no optimizer, so nothing of it is measured: where it is to "
+            'train, give the config an "optimizer", or pass optimizer='
+        )
 
 
 def _refuse_open_window(noise: EngineNoise) -> None:

@@ -4,6 +4,8 @@ Mistakes that DeepSpeed passes over in silence are raised or warned of here, eac
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from noiseopt.integrations.deepspeed.control import EngineControl
@@ -26,11 +28,21 @@ class LoopWatch:
     def __init__(self, engine: Any, leaves: LeafNorms, control: EngineControl) -> None:
         self._engine, self._leaves, self._control = engine, leaves, control
         self._began_at = 0  # the engine's micro_steps when the window was opened
+        self._updates = False
         self._told: set[str] = set()
 
     def begin_window(self) -> None:
         """Count calls from here."""
         self._began_at = int(self._engine.micro_steps)
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """Let gradients go, as the engine's update has it."""
+        self._updates = True
+        try:
+            yield
+        finally:
+            self._updates = False
 
     @property
     def _calls(self) -> int:
@@ -56,10 +68,13 @@ class LoopWatch:
     def keeps_gradients(self) -> bool:
         """Whether gradients are to stay, since an open window's update is to take them; tells so.
 
-        A gradient whose step has not come yet is the loop's, which may throw it away.
+        A gradient whose step has not come yet is the loop's, which may throw it away. So is what
+        came past the engine, as from the loss of a GAN's other half.
         """
         calls = int(self._engine.micro_steps) - self._began_at
-        if self._control.loop_ends_windows or not 0 < len(self._leaves) == calls:
+        if self._updates or self._control.loop_ends_windows or self._leaves.strays:
+            return False
+        if not 0 < len(self._leaves) == calls:
             return False
         self.tell(
             "zero_grad",

@@ -1,6 +1,7 @@
 """What an engine measures and decides: its windows from the first backward to the update."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from noiseopt.adaptation import Adaptation, Number
-from noiseopt.capture import Row, end_row
+from noiseopt.capture import STEPS, Row, end_row
 from noiseopt.control import Decision, NoiseConfig, group_names, metrics
 from noiseopt.distributed import Ranks, digest
 from noiseopt.integrations.deepspeed.control import EngineControl
@@ -111,8 +112,36 @@ class EngineNoise(NoiseReadings):
 
     def detach(self) -> None:
         """Stop measuring: remove every hook."""
+        if self.taken and self.makes_windows:
+            self._loop.tell(
+                "left",
+                f"{self.taken} of {self.accumulation_steps} micro-batches of an open window are in "
+                "no update: before the last k of the data, if those are fewer, call "
+                "engine.noise_aware.shorten_window(k)",
+            )
         self._leaves.detach()
         vars(self._engine.optimizer).pop("zero_grad", None)
+
+    def shorten_window(self, steps: int) -> None:
+        """Say before its first micro-batch that the open window ends early, at the end of the data.
+
+        Raises:
+            RuntimeError: it has begun, or it is not the engine that ends windows.
+            ValueError: it would not be shorter.
+        """
+        if not self.makes_windows:
+            raise RuntimeError(
+                "windows are as long as the config or the loop says: end one early by "
+                "engine.set_gradient_accumulation_boundary(True)"
+            )
+        if self.taken:
+            raise RuntimeError(
+                f"the open window has had {self.taken} of {self.accumulation_steps} micro-batches, "
+                "each divided by that number: shorten it before the first"
+            )
+        self._adaptation.shorten(steps, 0)
+        self._control.set_window(steps)
+        self._loop.begin_window()
 
     def keeps_gradients(self) -> bool:
         """Whether `zero_grad` is to leave gradients alone; see `LoopWatch.keeps_gradients`."""
@@ -157,13 +186,16 @@ class EngineNoise(NoiseReadings):
         """
         if self._control.loop_ends_windows:
             return
-        if self.accumulation_steps != self.config.accumulation_steps:
+        changed = self.accumulation_steps != self.config.accumulation_steps
+        if changed and (self._started or self.taken):
             raise RuntimeError(
                 f"{why}: the loop says where windows end, after the engine had made them "
                 f"{self.accumulation_steps} micro-batches long: do so from the first one on"
             )
         self._control.loop_ends_windows = True
-        self._adaptation.keep_window()
+        if changed:  # by a state that was loaded
+            self._control.set_window(self.config.accumulation_steps)
+        self._adaptation.keep_window(self.config.accumulation_steps)
         self._loop.tell(
             "the loop's windows",
             f"{why}: the loop says where windows end, so the engine leaves them as they are; "
@@ -180,17 +212,23 @@ class EngineNoise(NoiseReadings):
         Raises:
             RuntimeError: ranks disagree, or the engine has lost micro-batches.
         """
-        steps = len(self._leaves)
-        if steps == 0:
-            self._loop.shows_each(steps)  # which tells why there is nothing to measure
+        with self._loop.updating(), self._measured_update(len(self._leaves), lr_kwargs):
+            yield
+
+    @contextmanager
+    def _measured_update(self, passes: int, lr_kwargs: Mapping[str, Any]) -> Iterator[None]:
+        if passes == 0:
+            self._loop.shows_each(passes)  # which tells why there is nothing to measure
             self._leaves.clear()
             yield
             return
-        self._loop.check_passes(steps)
+        self._loop.check_passes(passes)
         if not self._started:
             self._start()
         lends = self._adaptation.acts and self._wrapper.takes_norm
-        row, norm = self._window.agree(steps, at_once=lends and self._wrapper.sharded)
+        at_once = (lends and self._wrapper.sharded) or self._control.loop_ends_windows
+        row, norm = self._window.agree(passes, at_once)
+        steps = self._micro_batches(row)
         lr, rates = self._user_lr(), self._adaptation.rates(steps)
         lent_norm = self._wrapper.lent_norm(norm) if lends else nullcontext()
         with self._control.lent(rates, steps, lr_kwargs), self._window.withheld(norm), lent_norm:
@@ -199,6 +237,12 @@ class EngineNoise(NoiseReadings):
         end_row(row, applied, applied and self._window.applied_norm(norm) > self.max_norm)
         self._leaves.clear()
         self._ended = row, lr
+
+    def _micro_batches(self, row: Row) -> int:
+        """The window's, the same on all ranks, however many backwards each has had in it."""
+        if self._control.loop_ends_windows:
+            return math.ceil(float(row[STEPS]) / self._adaptation.ranks.data)
+        return int(self._engine.gradient_accumulation_steps())
 
     def close_window(self) -> None:
         """After a step: decide if it was due, and give the engine its next window.
@@ -307,6 +351,8 @@ class EngineNoise(NoiseReadings):
         # What the checkpoint has brought back of the engine's own may differ from ours.
         acts = self._adaptation.acts
         self._control.set_max_norm(self._adaptation.max_norm if acts else self.config.max_norm)
+        if not self.makes_windows and self.accumulation_steps != self.config.accumulation_steps:
+            self._adaptation.set_window(self.config.accumulation_steps)
         self._engine.micro_steps = 0
         self._open_window()
 

@@ -81,6 +81,7 @@ class EngineWindow:
         scale_sq = weights.square() * share_sq * self._wrapper.loss_scale**2
         small = torch.stack(leaves.norms) / scale_sq[:, None]
         big = mean / share_sq if self._loop.shows_each(steps) else mean * torch.nan
-        samples = weights.new_tensor(self._adaptation.samples.take_window(steps))
+        told = self._adaptation.samples.take_window(steps)
+        samples = torch.stack([weights.new_full((), number) for number in told])
         seen = small.sum(1) if self._adaptation.measures else mean.sum()
         return Measured(small, big, samples, weights * seen.isfinite(), None)

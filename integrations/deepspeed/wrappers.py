@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -160,6 +161,7 @@ class ShardedWrapper(Wrapper):
     def mean(self) -> Groups:
         """The parts of the mean gradient that this rank holds, in each group."""
         if self.optimizer.cpu_offload:
+            get_accelerator().synchronize()  # DeepSpeed copies them there meanwhile
             return [_held([flat.grad]) for flat in self.optimizer.single_partition_of_fp32_groups]
         averaged = self.optimizer.averaged_gradients
         return [_held(averaged.get(index)) for index in range(len(self.optimizer.bit16_groups))]
@@ -178,6 +180,7 @@ class Stage3Wrapper(Wrapper):
         """The parts of the mean gradient that this rank holds, in each group."""
         optimizer = self.optimizer
         if optimizer.offload_optimizer:
+            get_accelerator().synchronize()
             return self._by_group([[flat.grad] for flat in optimizer.fp32_partitioned_groups_flat])
         averaged = optimizer.averaged_gradients
         return self._by_group([averaged.get(index) for index in range(len(optimizer.fp16_groups))])

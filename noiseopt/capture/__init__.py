@@ -24,6 +24,7 @@ from noiseopt.capture.sharding import is_sharded as is_sharded
 from noiseopt.capture.sharding import local as local
 from noiseopt.capture.sharding import settled as settled
 from noiseopt.capture.sharding import share_among as share_among
+from noiseopt.capture.sharding import spans_whole_mesh as spans_whole_mesh
 from noiseopt.capture.sharding import unsharded_leaves as unsharded_leaves
 from noiseopt.capture.sums import scale_all as scale_all
 from noiseopt.capture.sums import wide_type as wide_type

@@ -137,7 +137,6 @@ class BackwardCapture:
             loss_scale: the factor on every loss.
 
         Raises:
-            ValueError: the number of sample counts is not that of micro-batches.
             RuntimeError: no backward was seen.
         """
         if len(self) == 0:
@@ -146,12 +145,6 @@ class BackwardCapture:
                 "of the watched parameters first"
             )
         mean = self._means[-1] if self._means else None
-        num_passes = self.num_skipped + len(self)
-        if len(samples) != num_passes:
-            raise ValueError(
-                f"set_samples() was called {len(samples)} times for {num_passes} micro-batches: "
-                "call it once for each, or never"
-            )
         samples = samples[self.num_skipped :]
         parts = torch.stack(self.passes.norms)
         finite = self._finite(parts, mean)

@@ -100,6 +100,14 @@ def unsharded_leaves(params: Sequence[Tensor]) -> Iterator[tuple[nn.Module, list
                 yield module, slots
 
 
+def spans_whole_mesh(module: nn.Module) -> bool:
+    """Whether an FSDP2 module was given one mesh for its data- and model-parallel ranks alike."""
+    sharded: Any = module
+    state = sharded._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return any(getattr(group.mesh_info, "is_spmd_mesh", False) for group in groups if group)
+
+
 Slot = tuple[nn.Module, str, Tensor]
 
 

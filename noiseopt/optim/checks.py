@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from noiseopt.capture import is_sharded
 
@@ -123,22 +122,3 @@ def _check_moments(saved: dict[str, Any], param: Tensor, name: str) -> None:
                 f"{moment} of parameter {name} has shape {tuple(value.shape)} in the state and the "
                 f"parameter {tuple(param.shape)}: load a state of the same model"
             )
-
-
-def prefer_fused(optimizer: Optimizer) -> None:
-    """On a GPU, let torch use its fused kernel where the user chose none.
-
-    It is the only kernel that skips a step without the host waiting for the device.
-    """
-    groups = optimizer.param_groups
-    chosen = any(
-        group.get("fused", False) is not None or group.get("foreach") is not None
-        for group in groups
-    )
-    params = [param for group in groups for param in group["params"]]
-    if chosen or not all(param.is_cuda for param in params):
-        return
-    if _default_to_fused_or_foreach(params, False, use_fused=True)[0]:
-        optimizer.defaults["fused"] = True
-        for group in groups:
-            group["fused"] = True

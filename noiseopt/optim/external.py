@@ -49,5 +49,6 @@ class ExternalWindows:
         grads = [grad for p in (p for g in groups for p in g) if (grad := p.grad) is not None]
         applied = squared_norms([grads], self._device, self._share)
         extra = None if self._share is None else applied
-        row = self._adaptation.agree(measured, extra, at_once=extra is not None)
+        rates = self._adaptation.rates(steps)
+        row = self._adaptation.agree(measured, extra, extra is not None, rates)
         return Ended(row, applied[0].sqrt(), None, steps)

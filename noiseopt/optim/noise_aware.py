@@ -20,10 +20,11 @@ from noiseopt.adaptation import Adaptation
 from noiseopt.capture import device_of, end_row, local
 from noiseopt.control import NoiseConfig, group_names
 from noiseopt.distributed import Ranks
-from noiseopt.optim.checks import check_group, check_step, prefer_fused
+from noiseopt.optim.checks import check_group, check_step
 from noiseopt.optim.collector import GradientCollector
 from noiseopt.optim.ended import Ended
 from noiseopt.optim.hyper import decouples_weight_decay
+from noiseopt.optim.kernels import give_up_fused_if_sparse, prefer_fused
 from noiseopt.optim.saving import SavesNoise
 from noiseopt.optim.unsure import UnsureUpdates
 from noiseopt.optim.update import AppliesMeans
@@ -78,8 +79,7 @@ class NoiseAware(AppliesMeans):
             return
         for group in self.param_groups:
             check_group(group)
-        if self.config.mode == "auto":
-            prefer_fused(self)
+        self._chose_fused = self.config.mode == "auto" and prefer_fused(self)
         # torch's fused optimizers offer to unscale and skip by themselves; a window cannot let
         # them, since the loss scale may change inside it. GradScaler then does it before step().
         self._step_supports_amp_scaling = False
@@ -268,6 +268,8 @@ class NoiseAware(AppliesMeans):
         return max(float(group["lr"]) for group in self.param_groups)
 
     def _start(self, adaptation: Adaptation) -> None:
+        if self._chose_fused:
+            give_up_fused_if_sparse(self)
         groups = self._all_params()
         adaptation.start(groups, self._process_group)
         self._logged = True

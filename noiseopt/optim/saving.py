@@ -18,6 +18,7 @@ from noiseopt.distributed import Ranks
 from noiseopt.optim.checks import check_group, check_state
 from noiseopt.optim.collector import GradientCollector
 from noiseopt.optim.hyper import UPDATES, start_numbers
+from noiseopt.optim.kernels import keep_fused
 from noiseopt.optim.unsure import UnsureUpdates
 from noiseopt.readings import NoiseReadings
 from noiseopt.words import describe
@@ -71,6 +72,8 @@ class SavesNoise(NoiseReadings, Optimizer):
         """
         if self._adaptation:
             self._check_loaded(self._adaptation, state_dict)
+            if self.config.mode == "auto":
+                state_dict = keep_fused(self, state_dict)
         super().load_state_dict(state_dict)
 
     def _check_loaded(self, adaptation: Adaptation, state_dict: dict[str, Any]) -> None:

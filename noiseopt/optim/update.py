@@ -33,9 +33,9 @@ class AppliesMeans(SavesNoise):
             factor = coefficient if factor is None else coefficient * factor
         found_inf: Tensor | bool = False
         if self.config.skip_nonfinite and self._adaptation.acts:
-            if isinstance(norm, Tensor) and self._all_fused:
+            if isinstance(norm, Tensor) and self._kernels_can_skip:
                 found_inf = ~norm.isfinite()
-            # The kernels that are not fused cannot skip by themselves: this reads the norm.
+            # Others cannot skip by themselves: this reads the norm.
             elif not math.isfinite(norm):
                 return False, False
         self._update(ended.steps, factor, found_inf)
@@ -92,6 +92,20 @@ class AppliesMeans(SavesNoise):
     @property
     def _all_fused(self) -> bool:
         return all(group.get("fused") for group in self.param_groups)
+
+    @property
+    def _kernels_can_skip(self) -> bool:
+        """Whether kernels may skip an update; momentum that begins in it would be left unset."""
+        return self._all_fused and not any(map(self._begins_momentum, self.param_groups))
+
+    def _begins_momentum(self, group: dict[str, Any]) -> bool:
+        if not group.get("momentum"):
+            return False
+        held = [self.state.get(p, {}).get("momentum_buffer") for p in group["params"]]
+        return any(
+            buffer is None and param.grad is not None
+            for param, buffer in zip(group["params"], held, strict=True)
+        )
 
     @property
     def _scales_in_kernel(self) -> bool:

@@ -7,7 +7,7 @@ import torch
 
 from noiseopt import NoiseAwareAdamW, NoiseMonitor
 from noiseopt.record import DecisionLog, read, replay
-from tests.optim.helpers import build, draw, growing, loss_of, train
+from tests.optim.helpers import build, draw, fixed, growing, loss_of, train
 
 
 @pytest.fixture
@@ -168,3 +168,18 @@ def test_plain_functions_observe_as_before():
     train(model, optimizer, draw(20))
     assert [decision.num_updates for decision in seen[:2]] == [5, 10]
     assert seen[-len(optimizer.decisions)] is optimizer.decisions[0]
+
+
+def test_a_loss_is_kept_as_it_was_reported():
+    """As of a captured CUDA graph, whose memory the next replay fills anew."""
+    model = build()
+    optimizer = NoiseAwareAdamW(model.parameters(), lr=0.1, noise=fixed(2, decision_interval=1))
+    held = torch.zeros((), dtype=torch.float64)
+    for batch, value in zip(draw(2), (1.0, 5.0), strict=True):
+        loss_of(model, batch).backward()
+        held.fill_(value)
+        optimizer.report_loss(held)
+        optimizer.step()
+        optimizer.zero_grad()
+    (window,) = optimizer.decision.windows
+    assert (window.loss_sum, window.loss_count) == (6.0, 2)

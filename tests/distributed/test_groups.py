@@ -1,0 +1,187 @@
+"""Which ranks take part, and what they say of one another: four real ranks."""
+
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+from noiseopt import NoiseAwareAdamW
+from noiseopt.distributed import Ranks
+from tests.accelerator import Accelerator, OnDevice
+from tests.distributed.ranks import NEEDS_FSDP2, result, run_on_ranks
+from tests.optim.helpers import advise, build, draw, train
+
+RANKS = 4
+SPREAD = (2.0, 3.0)
+
+
+def refusal(build_optimizer):
+    try:
+        build_optimizer()
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def of(model, **kwargs):
+    return functools.partial(NoiseAwareAdamW, model.parameters(), lr=0.1, **kwargs)
+
+
+def not_a_member(rank):
+    group = dist.new_group([0, 1])
+    return refusal(of(build(), process_group=group))
+
+
+def other_than_ddps(rank):
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    alone = [dist.new_group([each]) for each in range(RANKS)]
+    wrapped = DistributedDataParallel(build(), process_group=pairs[rank // 2])
+    refused = refusal(of(wrapped, process_group=alone[rank]))
+    return refused, refusal(of(wrapped, process_group=pairs[rank // 2]))
+
+
+def side_by_side(rank):
+    """Two models, each on two ranks: each pair decides alone, the second on other data."""
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    wrapped = DistributedDataParallel(build(), process_group=pairs[rank // 2])
+    optimizer = NoiseAwareAdamW(wrapped.parameters(), lr=0.1, noise=advise(decision_interval=4))
+    train(wrapped, optimizer, draw(12, size=4 + 4 * (rank // 2), seed=rank))
+    return optimizer.decisions
+
+
+def differing(rank):
+    """Along a mesh of two dimensions, one rank has another number."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    ranks = Ranks(4, groups=(mesh.get_group(0), mesh.get_group(1)))
+    return refusal(lambda: ranks.compare({"same": 1, "number": int(rank == 3)}, "facts"))
+
+
+def for_accelerators_alone(rank):
+    group = dist.new_group(backend="cuda:gloo")
+    model = build()
+    optimizer = NoiseAwareAdamW(model.parameters(), lr=0.1, process_group=group)
+    return refusal(lambda: train(model, optimizer, draw(1)))
+
+
+def on_two_devices(rank):
+    with Accelerator():
+        sums = [OnDevice(torch.full((2,), value)) for value in SPREAD]
+        grads = [sums[0], torch.ones(3), sums[1]]
+        Ranks(RANKS, groups=(None,)).sum_gradients_(grads, "window 1")
+        return [grads[0].tolist(), grads[1].tolist(), grads[2].tolist()]
+
+
+def split(mesh):
+    plan = {"0": ColwiseParallel(), "1": RowwiseParallel()}
+    return parallelize_module(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), mesh, plan)
+
+
+def unclear_layouts(rank):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+    found = {}
+    for wrap in (_with_dims, _replicated, _under_ddp):  # torch's caches want the first to be it
+        model = wrap(mesh)
+        found[wrap.__name__] = model and refusal(of(model))
+    return found
+
+
+def _under_ddp(mesh):
+    model = split(mesh["model"])
+    DistributedDataParallel(model, device_mesh=mesh["data"])
+    return model
+
+
+def _replicated(mesh):
+    try:
+        from torch.distributed._composable.replicate_with_fsdp import replicate
+    except ImportError:  # torch before 2.9
+        return None
+    model = split(mesh["model"])
+    replicate(model, mesh=mesh["data"])
+    return model
+
+
+def _with_dims(mesh):
+    try:
+        from torch.distributed.fsdp import DataParallelMeshDims
+    except ImportError:  # torch before 2.13
+        return None
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    model = nn.Linear(8, 8)
+    for name in ("weight", "bias"):
+        whole = getattr(model, name).data
+        spread = distribute_tensor(whole, mesh, [Replicate(), Shard(0)])
+        setattr(model, name, nn.Parameter(spread))
+    fully_shard(model, mesh=mesh, dp_mesh_dims=DataParallelMeshDims(shard="data"))
+    return model
+
+
+CASES = {
+    "not a member": not_a_member,
+    "other than DDP's": other_than_ddps,
+    "side by side": side_by_side,
+    "differing": differing,
+    "accelerators": for_accelerators_alone,
+    "two devices": on_two_devices,
+    "unclear": unclear_layouts,
+}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return run_on_ranks(CASES, tmp_path_factory.mktemp("groups"), ranks=RANKS)
+
+
+def test_a_rank_outside_of_its_group_is_refused(ranks):
+    *inside, first, second = result(ranks, "not a member")
+    assert inside == [None, None]
+    assert "ValueError: this rank is not in process_group" in first == second
+
+
+def test_a_group_that_is_not_ddps_is_refused(ranks):
+    for rank, (refused, taken) in enumerate(result(ranks, "other than DDP's")):
+        pair = [rank // 2 * 2, rank // 2 * 2 + 1]
+        assert f"the ranks [{rank}], but DDP averages gradients over {pair}" in refused
+        assert taken is None
+
+
+def test_models_side_by_side_decide_apart(ranks):
+    first, same, second, also = result(ranks, "side by side")
+    assert first == same != second == also
+    assert len(first) == 3
+    assert {decision.ranks for decision in (*first, *second)} == {2}
+
+
+def test_every_rank_of_a_mesh_is_told_what_differs(ranks):
+    """Also those whose own row agrees, who would wait for the others' columns in vain."""
+    for text in result(ranks, "differing"):
+        assert "ranks disagree on facts" in text
+        assert "number: [" in text
+        assert "same" not in text
+
+
+def test_a_group_that_cannot_sum_on_the_cpu_is_refused(ranks):
+    for text in result(ranks, "accelerators"):
+        assert "init_process_group('cpu:gloo,cuda:nccl')" in text
+
+
+def test_gradients_on_two_devices_are_summed(ranks):
+    for found in result(ranks, "two devices"):
+        assert found == [[4 * SPREAD[0]] * 2, [4.0] * 3, [4 * SPREAD[1]] * 2]
+
+
+@NEEDS_FSDP2
+def test_layouts_that_hide_who_holds_what_are_refused(ranks):
+    for found in result(ranks, "unclear"):
+        assert "DDP(device_mesh=...) around tensor-parallel" in found["_under_ddp"]
+        if torch.__version__ >= "2.9":
+            assert "replicate() around tensor-parallel" in found["_replicated"]
+        if torch.__version__ >= "2.13":
+            assert "fully_shard(dp_mesh_dims=...)" in found["_with_dims"]
