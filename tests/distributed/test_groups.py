@@ -1,6 +1,9 @@
 """Which ranks take part, and what they say of one another: four real ranks."""
 
 import functools
+from contextlib import nullcontext
+from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,11 +13,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from noiseopt import NoiseAwareAdamW
+from noiseopt import NoiseAwareAdamW, NoiseAwareSGD, NoiseConfig
 from noiseopt.distributed import Ranks
 from tests.accelerator import Accelerator, OnDevice
 from tests.distributed.ranks import NEEDS_FSDP2, result, run_on_ranks
-from tests.optim.helpers import advise, build, draw, train
+from tests.optim.helpers import advise, build, draw, loss_of, params_of, same_bits, train
 
 RANKS = 4
 SPREAD = (2.0, 3.0)
@@ -123,7 +126,41 @@ def _with_dims(mesh):
     return model
 
 
+def uneven_windows(rank):
+    """Windows of three that the loop accumulates, but for one of two on one rank."""
+    wrapped = DistributedDataParallel(build())
+    config = NoiseConfig(accumulation="external", accumulation_steps=3, decision_interval=1000)
+    optimizer = NoiseAwareAdamW(wrapped.parameters(), lr=0.1, noise=config)
+    controller = optimizer._adaptation._controller
+    state = replace(controller.state, noise_ratio=4.0, reference_steps=1.0)
+    optimizer._adaptation._controller = controller.at(state)
+
+    def window(number):
+        for index, batch in enumerate(draw(number, seed=rank)):
+            with wrapped.no_sync() if index < number - 1 else nullcontext():
+                (loss_of(wrapped, batch) / number).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    window(3)
+    before = params_of(wrapped)
+    refused = refusal(lambda: window(2 if rank == 1 else 3))
+    return refused, same_bits(before, params_of(wrapped))
+
+
+def sharded(rank):
+    """Which kernels are preferred over DTensors, were the CPU a GPU."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(build())
+    with patch("noiseopt.optim.kernels.FUSED_ON", ("cpu",)):
+        made = [ours(model.parameters(), lr=0.1) for ours in (NoiseAwareAdamW, NoiseAwareSGD)]
+    return [optimizer.param_groups[0]["fused"] for optimizer in made]
+
+
 CASES = {
+    "uneven windows": uneven_windows,
+    "sharded": sharded,
     "not a member": not_a_member,
     "other than DDP's": other_than_ddps,
     "side by side": side_by_side,
@@ -175,6 +212,18 @@ def test_a_group_that_cannot_sum_on_the_cpu_is_refused(ranks):
 def test_gradients_on_two_devices_are_summed(ranks):
     for found in result(ranks, "two devices"):
         assert found == [[4 * SPREAD[0]] * 2, [4.0] * 3, [4 * SPREAD[1]] * 2]
+
+
+def test_ranks_whose_windows_scale_differently_are_stopped_before_the_update(ranks):
+    for refused, unchanged in result(ranks, "uneven windows"):
+        assert "factors of the window's length: [" in refused
+        assert unchanged
+
+
+@NEEDS_FSDP2
+def test_sgd_keeps_its_own_kernel_over_shards(ranks):
+    """torch's fused one has no rule for them."""
+    assert result(ranks, "sharded") == [[True, None]] * RANKS
 
 
 @NEEDS_FSDP2
