@@ -37,6 +37,7 @@ class NoiseMonitor(NoiseReadings):
     Attributes:
         config: the settings.
         optimizer: the optimizer.
+        scales: whether a `NoiseAwareLR` scales its rates.
 
     Raises:
         TypeError: the optimizer is none of torch's, or measures its noise by itself.
@@ -78,6 +79,7 @@ class NoiseMonitor(NoiseReadings):
         if rate_rule not in RATE_RULES:
             raise ValueError(f"rate_rule is {rate_rule!r}: it must be one of {tuple(RATE_RULES)}")
         self.optimizer = optimizer
+        self.scales = False
         self._grad_scaler = grad_scaler
         self._process_group = process_group
         self._started = False
@@ -190,6 +192,7 @@ class NoiseMonitor(NoiseReadings):
     def _close_window(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if len(self._capture) != self._closing:  # a closure's backward passes came since
             self._settle()
+        rates = self.rates if self.scales else None
         self._closing = None
         if len(self._capture) == 0:
             return  # as when checkpointing steps once to build the state: no window has ended
@@ -199,7 +202,8 @@ class NoiseMonitor(NoiseReadings):
             self._started = True
             adaptation.start(groups, self._process_group)
         samples = adaptation.samples.take_window(self._num_taken)
-        row = adaptation.agree(self._capture.close(groups, samples, self._loss_scale()))
+        measured = self._capture.close(groups, samples, self._loss_scale())
+        row = adaptation.agree(measured, rates=rates)
         self._micro_batches += len(samples)
         # A GradScaler lets fused kernels skip by themselves, inside a step that was called.
         found_inf = getattr(optimizer, "found_inf", None)

@@ -71,6 +71,7 @@ class NoiseAwareLR(LRScheduler):
             )
         self.optimizer = monitor.optimizer
         self.monitor = monitor
+        monitor.scales = True
         self.scheduler = scheduler
         self._decoupled = decouples_weight_decay(type(self.optimizer))
         # Filled at the first step, so that a state loaded before it counts.
@@ -136,6 +137,7 @@ class NoiseAwareLR(LRScheduler):
 
     def detach(self) -> None:
         """Stop scaling."""
+        self.monitor.scales = False
         for handle in self._handles:
             handle.remove()
 

@@ -13,8 +13,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from noiseopt import NoiseAwareAdamW, NoiseAwareSGD, NoiseConfig
+from noiseopt import NoiseAwareAdamW, NoiseAwareSGD, NoiseConfig, NoiseMonitor
 from noiseopt.distributed import Ranks
+from noiseopt.schedulers import NoiseAwareLR
 from tests.accelerator import Accelerator, OnDevice
 from tests.distributed.ranks import NEEDS_FSDP2, result, run_on_ranks
 from tests.optim.helpers import advise, build, draw, loss_of, params_of, same_bits, train
@@ -126,14 +127,19 @@ def _with_dims(mesh):
     return model
 
 
-def uneven_windows(rank):
+def uneven_windows(rank, monitors):
     """Windows of three that the loop accumulates, but for one of two on one rank."""
     wrapped = DistributedDataParallel(build())
     config = NoiseConfig(accumulation="external", accumulation_steps=3, decision_interval=1000)
-    optimizer = NoiseAwareAdamW(wrapped.parameters(), lr=0.1, noise=config)
-    controller = optimizer._adaptation._controller
+    if monitors:
+        optimizer = torch.optim.AdamW(wrapped.parameters(), lr=0.1)
+        watching = NoiseMonitor(optimizer, replace(config, accumulation="internal"))
+        NoiseAwareLR(watching)
+    else:
+        watching = optimizer = NoiseAwareAdamW(wrapped.parameters(), lr=0.1, noise=config)
+    controller = watching._adaptation._controller
     state = replace(controller.state, noise_ratio=4.0, reference_steps=1.0)
-    optimizer._adaptation._controller = controller.at(state)
+    watching._adaptation._controller = controller.at(state)
 
     def window(number):
         for index, batch in enumerate(draw(number, seed=rank)):
@@ -159,7 +165,8 @@ def sharded(rank):
 
 
 CASES = {
-    "uneven windows": uneven_windows,
+    "uneven windows": functools.partial(uneven_windows, monitors=False),
+    "monitored": functools.partial(uneven_windows, monitors=True),
     "sharded": sharded,
     "not a member": not_a_member,
     "other than DDP's": other_than_ddps,
@@ -218,6 +225,12 @@ def test_ranks_whose_windows_scale_differently_are_stopped_before_the_update(ran
     for refused, unchanged in result(ranks, "uneven windows"):
         assert "factors of the window's length: [" in refused
         assert unchanged
+
+
+def test_so_are_those_that_a_monitor_scales(ranks):
+    """After the update, which is the loop's own."""
+    for refused, _ in result(ranks, "monitored"):
+        assert "factors of the window's length: [" in refused
 
 
 @NEEDS_FSDP2
