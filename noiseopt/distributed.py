@@ -285,13 +285,22 @@ def _ddp_group(
             "gradients averaged over those: give each its own optimizer"
         )
     for members, group in over.items():
-        if told is not None and set(dist.get_process_group_ranks(told)) != set(members):
-            raise ValueError(
-                f"process_group has the ranks {dist.get_process_group_ranks(told)}, but DDP "
-                f"averages gradients over {list(members)}: leave process_group out"
-            )
+        if told is not None:
+            _compare_members(told, members, wrappers)
+            return told
         return None if len(members) == world_size(None) else group
     return told
+
+
+def _compare_members(
+    told: dist.ProcessGroup, members: tuple[int, ...], wrappers: Collection[Any]
+) -> None:
+    own_hooks = any(wrapper._comm_hooks for wrapper in wrappers)  # which may average over others
+    if set(dist.get_process_group_ranks(told)) != set(members) and not own_hooks:
+        raise ValueError(
+            f"process_group has the ranks {dist.get_process_group_ranks(told)}, but DDP averages "
+            f"gradients over {list(members)}: leave process_group out"
+        )
 
 
 def _members(ddp: Any) -> list[int]:

@@ -150,8 +150,9 @@ class NoiseAwareLR(LRScheduler):
         while len(self._numbers) < len(groups):
             self._numbers.append(start_numbers(optimizer, groups[len(self._numbers)]))
         found_inf = getattr(optimizer, "found_inf", None)  # set by a GradScaler for fused kernels
-        if found_inf is not None:
-            self._unsure.add(found_inf != 0, self._numbers, groups, rates)
+        if found_inf is not None or len(self._unsure):
+            skipped = False if found_inf is None else found_inf != 0
+            self._unsure.add(skipped, self._numbers, groups, rates)
         for group, numbers in zip(groups, self._numbers, strict=True):
             values = scaled_values(group, numbers, rates, least, self._decoupled)
             self._saved.append({key: group[key] for key in values})

@@ -81,6 +81,10 @@ class SampleCounts:
             return counts
         return self._untold(micro_batches)
 
+    def forget(self) -> None:
+        """Forget what was told of micro-batches that are not to come."""
+        self._told = []
+
     def _take_told(self) -> list[tuple[float, float]]:
         self._taken = True
         told, self._told = self._told, []

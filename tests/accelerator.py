@@ -22,7 +22,10 @@ DEVICE = torch.device("lazy")  # which needs nothing that a CPU build of torch l
 CPU = torch.device("cpu")
 aten = torch.ops.aten
 COPIES = (aten._to_copy.default, aten.copy_.default)
-READS = (aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default)
+READS = (
+    *(aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default),
+    *(aten.nonzero.default, aten.masked_select.default),  # whose shape depends on values
+)
 
 
 class OnDevice(Tensor):
@@ -118,6 +121,8 @@ def _waits(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     there = [isinstance(each, OnDevice) for each in args if isinstance(each, Tensor)]
     if func in READS:
         return any(there)
+    if func is aten.index.Tensor:
+        return any(each is not None and each.dtype == torch.bool for each in args[1])
     if func is aten._to_copy.default:
         to = torch.device(kwargs["device"]) == DEVICE if "device" in kwargs else there[0]
         return there[0] != to and not kwargs.get("non_blocking", False)
@@ -141,7 +146,10 @@ def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         return CPU if device == DEVICE else device
 
     tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-    places = {isinstance(each, OnDevice) for each in tensors if each.dim() > 0}
+    joins = func in (aten.cat.default, aten.stack.default)
+    # Numbers on the CPU go with any device's tensors, but not where they are joined to them.
+    counted = [each for each in tensors if isinstance(each, OnDevice) or each.dim() > 0 or joins]
+    places = {isinstance(each, OnDevice) for each in counted}
     takes_both = func in COPIES or "_foreach_" in func._schema.name  # which takes each pair alone
     assert takes_both or len(places) < 2, f"{func} takes tensors of two devices"
     inputs = tree_map_only(Tensor, held, (list(args), dict(kwargs)))

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -30,6 +30,7 @@ class EngineControl:
         self._engine, self._wrapper, self._settings = engine, wrapper, settings
         self._first_steps = settings.config.accumulation_steps
         self._led: Callable[[int], None] | None = None
+        self._tells_samples = False  # whether the scheduler takes how many it advances by
         self.loop_ends_windows = False
         self.max_norm = settings.config.max_norm
         self.restart()
@@ -114,12 +115,17 @@ class EngineControl:
             ticks, self._since_tick = divmod(self._since_tick + steps, self._first_steps)
         if scheduler is None:
             return
-        if not _takes(scheduler.step, lr_kwargs):
+        if not self._tells_samples:
+            try:
+                with suppress(ValueError):  # of what shows no signature
+                    inspect.signature(scheduler.step).bind(**lr_kwargs)
+                for _ in range(ticks):
+                    scheduler.step(**lr_kwargs)
+            except TypeError:
+                self._tells_samples = True
+        if self._tells_samples:
             # As in DeepSpeed: Megatron's schedulers take how many samples they advance by.
             scheduler.step(self._engine.train_batch_size())
-            return
-        for _ in range(ticks):
-            scheduler.step(**lr_kwargs)
 
     # ------------------------------------------------------------------ state
 
@@ -132,12 +138,3 @@ class EngineControl:
         """Go on from a state."""
         self._moments = [dict(each) for each in state["second_moments"]]
         self._since_tick = int(state["since_tick"])
-
-
-def _takes(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether it can be called with these arguments alone."""
-    try:
-        inspect.signature(function).bind(**kwargs)
-    except TypeError:
-        return False
-    return True

@@ -68,18 +68,18 @@ class LoopWatch:
     def keeps_gradients(self) -> bool:
         """Whether gradients are to stay, since an open window's update is to take them; tells so.
 
-        A gradient whose step has not come yet is the loop's, which may throw it away. So is what
-        came past the engine, as from the loss of a GAN's other half.
+        A gradient whose step has not come yet is the loop's, which may throw it away.
         """
         calls = int(self._engine.micro_steps) - self._began_at
-        if self._updates or self._control.loop_ends_windows or self._leaves.strays:
+        if self._updates or self._control.loop_ends_windows:
             return False
         if not 0 < len(self._leaves) == calls:
             return False
         self.tell(
             "zero_grad",
             "zero_grad() inside a window is passed over, since it would throw away the window's "
-            "earlier micro-batches: leave it out, DeepSpeed clears gradients after each update",
+            "earlier micro-batches: leave it out, DeepSpeed clears gradients after each update; "
+            "where another loss leaves gradients here, as a GAN's does, freeze this model in it",
         )
         return True
 

@@ -63,7 +63,7 @@ class EngineNoise(NoiseReadings):
         self._ended: tuple[Row, float] | None = None  # a window's row, and the user's rate in it
         _guard(engine.optimizer, self.keeps_gradients)
         self._started = self.tells_samples = False
-        self._warned_of_open_window = False
+        self._warned_of_open_window = self._shortened = False
         if engine.monitor.enabled:
             self.add_observer(self._write_events)
         if not engine.managed_gradient_accumulation():
@@ -126,20 +126,18 @@ class EngineNoise(NoiseReadings):
         """Say before its first micro-batch that the open window ends early, at the end of the data.
 
         Raises:
-            RuntimeError: it has begun, or it is not the engine that ends windows.
+            RuntimeError: it has begun, or the loop says where windows end.
             ValueError: it would not be shorter.
         """
-        if not self.makes_windows:
-            raise RuntimeError(
-                "windows are as long as the config or the loop says: end one early by "
-                "engine.set_gradient_accumulation_boundary(True)"
-            )
+        if self._control.loop_ends_windows:
+            raise RuntimeError("the loop says where windows end: have it end this one early")
         if self.taken:
             raise RuntimeError(
                 f"the open window has had {self.taken} of {self.accumulation_steps} micro-batches, "
                 "each divided by that number: shorten it before the first"
             )
         self._adaptation.shorten(steps, 0)
+        self._shortened = True
         self._control.set_window(steps)
         self._loop.begin_window()
 
@@ -219,6 +217,7 @@ class EngineNoise(NoiseReadings):
     def _measured_update(self, passes: int, lr_kwargs: Mapping[str, Any]) -> Iterator[None]:
         if passes == 0:
             self._loop.shows_each(passes)  # which tells why there is nothing to measure
+            self._adaptation.samples.forget()
             self._leaves.clear()
             yield
             return
@@ -259,11 +258,11 @@ class EngineNoise(NoiseReadings):
 
     def _open_window(self) -> None:
         """Have the engine's next window exactly as long as was decided."""
-        if self._adaptation.acts:
-            if self._adaptation.max_norm != self.max_norm:
-                self._control.set_max_norm(self._adaptation.max_norm)
-            if self._control.makes_windows:
-                self._set_window(self.accumulation_steps)
+        if self._adaptation.acts and self._adaptation.max_norm != self.max_norm:
+            self._control.set_max_norm(self._adaptation.max_norm)
+        if self._control.makes_windows or self._shortened:
+            self._set_window(self.accumulation_steps)
+            self._shortened = False
         self._leaves.listen(self._adaptation.measures)
         self._loop.begin_window()
 

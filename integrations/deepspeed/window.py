@@ -36,20 +36,22 @@ class EngineWindow:
         self._leaves, self._loop, self._adaptation = leaves, loop, adaptation
         self._device = torch.device(engine.device)
 
-    def agree(self, steps: int, at_once: bool) -> tuple[Row, Tensor]:
+    def agree(self, passes: int, at_once: bool) -> tuple[Row, Tensor]:
         """Make a window's row.
 
         Args:
-            steps: its micro-batches.
-            at_once: whether the norm is wanted of all the parts that ranks hold.
+            passes: its backward passes.
+            at_once: whether the sums over ranks are needed now: the row's, and that of the norms of
+                the parts which ranks hold.
 
         Returns:
             The row, and the norm of the mean, before it is clipped.
         """
         mean = squared_norms(self._wrapper.mean(), self._device) / self._wrapper.loss_scale**2
         total = mean.sum(0, keepdim=True)
-        measured = self._measured(steps, mean)
-        row = self._adaptation.agree(measured, total if at_once else None, at_once)
+        measured = self._measured(passes, mean)
+        parts = total if at_once and self._wrapper.sharded else None
+        row = self._adaptation.agree(measured, parts, at_once)
         return row, total[0].sqrt()
 
     def withheld(self, norm: Tensor) -> AbstractContextManager[None]:
@@ -66,11 +68,11 @@ class EngineWindow:
         applied: Tensor | float = self._engine.get_global_grad_norm()
         return applied
 
-    def _measured(self, steps: int, mean: Tensor) -> Measured:
+    def _measured(self, passes: int, mean: Tensor) -> Measured:
         """The window's norms, in terms of the micro-batches' own gradients.
 
         Args:
-            steps: its micro-batches.
+            passes: its backward passes, each of a micro-batch.
             mean: of the mean gradient as it is applied, |.|^2 in each group.
         """
         leaves = self._leaves
@@ -80,8 +82,8 @@ class EngineWindow:
         share_sq = factors.sum().clamp(max=1.0).square()
         scale_sq = weights.square() * share_sq * self._wrapper.loss_scale**2
         small = torch.stack(leaves.norms) / scale_sq[:, None]
-        big = mean / share_sq if self._loop.shows_each(steps) else mean * torch.nan
-        told = self._adaptation.samples.take_window(steps)
+        big = mean / share_sq if self._loop.shows_each(passes) else mean * torch.nan
+        told = self._adaptation.samples.take_window(passes)
         samples = torch.stack([weights.new_full((), number) for number in told])
         seen = small.sum(1) if self._adaptation.measures else mean.sum()
         return Measured(small, big, samples, weights * seen.isfinite(), None)

@@ -9,6 +9,8 @@ from torch import Tensor
 from noiseopt.control import Rates
 from noiseopt.optim.hyper import MOMENTS, UPDATES, Group, scaled_betas
 
+MOST = 256  # updates before they are settled, where nobody asks for it
+
 Numbers = Sequence[dict[str, Any]]
 
 
@@ -22,17 +24,25 @@ class UnsureUpdates:
     def __init__(self, least_beta2: float) -> None:
         self._least_beta2 = least_beta2
         self._before: list[dict[str, Any]] = []
-        self._updates: list[tuple[Tensor, Rates, list[Any]]] = []
+        self._updates: list[tuple[Tensor | bool, Rates, list[Any]]] = []
 
-    def add(self, skipped: Tensor, numbers: Numbers, groups: Sequence[Group], rates: Rates) -> None:
-        """Count one more. Nothing waits for it.
+    def __len__(self) -> int:
+        """How many updates there are."""
+        return len(self._updates)
+
+    def add(
+        self, skipped: Tensor | bool, numbers: Numbers, groups: Sequence[Group], rates: Rates
+    ) -> None:
+        """Count one more. Nothing waits for it, but for one in so many.
 
         Args:
-            skipped: whether the kernel skipped it, 0-d.
+            skipped: whether the kernel skipped it, 0-d; False if it is known not to have.
             numbers: of each group, as they were before it.
             groups: with the user's own betas.
             rates: the factors that it applied.
         """
+        if len(self) == MOST:
+            self.settle(numbers)
         if not self._updates:
             self._before = [{key: each[key] for key in MOMENTS if key in each} for each in numbers]
         self._updates.append((skipped, rates, [group.get("betas") for group in groups]))
@@ -44,7 +54,9 @@ class UnsureUpdates:
             numbers: of each group, as they are.
         """
         updates, self._updates = self._updates, []
-        skipped = torch.stack([update[0] for update in updates]).tolist() if updates else []
+        unsure = [skipped for skipped, *_ in updates if isinstance(skipped, Tensor)]
+        read = iter(torch.stack(unsure).tolist() if unsure else ())
+        skipped = [isinstance(each, Tensor) and next(read) for each, *_ in updates]
         if not any(skipped):
             return
         made = [update for update, was in zip(updates, skipped, strict=True) if not was]

@@ -60,7 +60,7 @@ class AppliesMeans(SavesNoise):
                 self._torch_step_scaled(factor, found_inf)
             else:
                 self._torch_step()
-        if isinstance(found_inf, Tensor):
+        if isinstance(found_inf, Tensor) or len(self._unsure):
             self._unsure.add(found_inf, self._numbers(), groups, rates)
         for group, noise in zip(groups, numbers, strict=True):
             group["noise"] = noise
@@ -96,15 +96,13 @@ class AppliesMeans(SavesNoise):
     @property
     def _kernels_can_skip(self) -> bool:
         """Whether kernels may skip an update; momentum that begins in it would be left unset."""
-        return self._all_fused and not any(map(self._begins_momentum, self.param_groups))
+        begun = len(self.state) == sum(map(len, self._all_params()))
+        return self._all_fused and (begun or not any(map(self._begins_momentum, self.param_groups)))
 
     def _begins_momentum(self, group: dict[str, Any]) -> bool:
-        if not group.get("momentum"):
-            return False
-        held = [self.state.get(p, {}).get("momentum_buffer") for p in group["params"]]
-        return any(
-            buffer is None and param.grad is not None
-            for param, buffer in zip(group["params"], held, strict=True)
+        return bool(group.get("momentum")) and any(
+            param.grad is not None and self.state.get(param, {}).get("momentum_buffer") is None
+            for param in group["params"]
         )
 
     @property

@@ -108,11 +108,12 @@ def counted_once_for_two(rank):
             engine.step()
 
 
-def end_of_the_data(rank, shortens):
+def end_of_the_data(rank, shortens, mode="auto"):
     """Five micro-batches in windows of three: the last two are an update of their own, or lost."""
     engines.set_up(rank)
     batches = batches_of(5, rank)
-    with Warnings() as texts, engine_of(config_of(stage=2, steps=3, **NOT_CLIPPED)) as engine:
+    config = config_of(stage=2, steps=3, noise=MEASURED | {"mode": mode}, **NOT_CLIPPED)
+    with Warnings() as texts, engine_of(config) as engine:
         lengths = run(engine, batches[:3])
         if shortens:
             engine.noise_aware.shorten_window(2)
@@ -123,7 +124,7 @@ def end_of_the_data(rank, shortens):
             with pytest.raises(RuntimeError, match="2 of 3 micro-batches, each divided"):
                 engine.noise_aware.shorten_window(2)
         steps = engine.gradient_accumulation_steps()
-        last = [w.micro_batches for d in engine.noise_aware.decisions for w in d.windows]
+        last = [window.micro_batches for window in windows(engine)]
         engine.destroy()
         return {"lengths": lengths, "steps": steps, "windows": last, "texts": list(texts)}
 
@@ -155,21 +156,21 @@ def told_increments(rank):
     return made[0].told
 
 
-def stray_gradient(rank, stage, strays):
-    """As of a GAN: what another loss has brought is thrown away before the next backward."""
+def clipped_by(rank, way):
+    """Windows of three at stage 0, whose gradients are far above the clipping threshold."""
     engines.set_up(rank)
-    with engine_of(config_of(stage, steps=2, **NOT_CLIPPED)) as engine:
-        one, other, third = batches_of(3, rank)
-        backward(engine, one)
-        engine.step()
-        if strays:
-            (loss_of(engine.module, third) * 100).backward()
-            engine.zero_grad()
-        elif stage == 0:
-            engine.module.zero_grad()  # which loses the first micro-batch, as DeepSpeed would
-        backward(engine, other)
-        engine.step()
-        return engines.weights_of(engine)
+    noise = MEASURED | {"min_accumulation_steps": 3, "max_accumulation_steps": 3}
+    with engine_of(config_of(steps=3, noise=noise, gradient_clipping=1e-3)) as engine:
+        for index, batch in enumerate(batches_of(9, rank)):
+            if way == "the loop":
+                engine.set_gradient_accumulation_boundary(index % 3 == 2)
+            backward(engine, batch)
+            engine.step()
+        return engines.weights_of(engine), [w.clipped for w in windows(engine)]
+
+
+def windows(engine):
+    return [window for decision in engine.noise_aware.decisions for window in decision.windows]
 
 
 CASES = {
@@ -184,10 +185,11 @@ CASES = {
     "no optimizer 0": functools.partial(no_optimizer, stage=0),
     "counts": counted_once_for_two,
     "end, shortened": functools.partial(end_of_the_data, shortens=True),
+    "end, advised": functools.partial(end_of_the_data, shortens=True, mode="advise"),
     "end": functools.partial(end_of_the_data, shortens=False),
     "increments": told_increments,
-    "stray": functools.partial(stray_gradient, stage=0, strays=True),
-    "no stray": functools.partial(stray_gradient, stage=0, strays=False),
+    "clipped by the loop": functools.partial(clipped_by, way="the loop"),
+    "clipped by the engine": functools.partial(clipped_by, way="the engine"),
 }
 
 
@@ -232,8 +234,9 @@ def test_sample_counts_that_are_not_one_each_are_refused(ranks):
     result(ranks, "counts")
 
 
-def test_the_last_window_can_be_shorter(ranks):
-    for found in result(ranks, "end, shortened"):
+@pytest.mark.parametrize("name", ["end, shortened", "end, advised"])
+def test_the_last_window_can_be_shorter(ranks, name):
+    for found in result(ranks, name):
         assert found["lengths"] == [3, 2]
         assert found["windows"] == [3, 2]
         assert found["steps"] == 3  # again, for data that would come
@@ -252,6 +255,9 @@ def test_schedulers_that_count_samples_are_told_all_of_them(ranks):
         assert told == [2 * engines.MICRO_BATCH * steps for steps in (4, 2, 2, 2)]
 
 
-def test_gradients_of_another_loss_can_be_thrown_away(ranks):
-    for with_stray, without in zip(result(ranks, "stray"), result(ranks, "no stray"), strict=True):
-        assert torch.equal(with_stray, without)
+def test_whoever_ends_windows_they_are_clipped_alike(ranks):
+    for (weights, clipped), (same, _) in zip(
+        result(ranks, "clipped by the loop"), result(ranks, "clipped by the engine"), strict=True
+    ):
+        assert clipped == [True] * 3
+        torch.testing.assert_close(weights, same, rtol=0, atol=1e-7)

@@ -49,6 +49,14 @@ def other_than_ddps(rank):
     return refused, refusal(of(wrapped, process_group=pairs[rank // 2]))
 
 
+def wrapped_later(rank):
+    """The group is told, and the model wrapped after the optimizer is there."""
+    model = build()
+    optimizer = NoiseAwareAdamW(model.parameters(), lr=0.1, process_group=dist.group.WORLD)
+    wrapped = DistributedDataParallel(model)
+    return refusal(lambda: train(wrapped, optimizer, draw(2, seed=rank)))
+
+
 def side_by_side(rank):
     """Two models, each on two ranks: each pair decides alone, the second on other data."""
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
@@ -170,6 +178,7 @@ CASES = {
     "sharded": sharded,
     "not a member": not_a_member,
     "other than DDP's": other_than_ddps,
+    "wrapped later": wrapped_later,
     "side by side": side_by_side,
     "differing": differing,
     "accelerators": for_accelerators_alone,
@@ -194,6 +203,10 @@ def test_a_group_that_is_not_ddps_is_refused(ranks):
         pair = [rank // 2 * 2, rank // 2 * 2 + 1]
         assert f"the ranks [{rank}], but DDP averages gradients over {pair}" in refused
         assert taken is None
+
+
+def test_a_group_that_is_told_is_taken_before_ddp_is_there(ranks):
+    assert result(ranks, "wrapped later") == [None] * RANKS
 
 
 def test_models_side_by_side_decide_apart(ranks):

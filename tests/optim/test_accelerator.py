@@ -37,6 +37,9 @@ WAITING = {
     "made of a number": lambda x: torch.tensor(1.0, device=x.device),
     "to the device": lambda x: torch.ones(2).to(x.device),
     "compared": lambda x: torch.equal(x, x + 1),
+    "where it is": lambda x: (x > 1).nonzero(),
+    "selected": lambda x: torch.masked_select(x, x > 1),
+    "indexed": lambda x: x[x > 1],
 }
 
 
@@ -59,6 +62,16 @@ def test_what_goes_on_is_not():
         assert accelerator.waits == []
         assert (x.device, x.is_cpu) == (DEVICE, False)
         assert x.tolist() == [1.0, 11.0]
+
+
+@pytest.mark.parametrize(
+    "mixes",
+    [lambda x: x + torch.ones(2), lambda x: x[0] * torch.ones(2)],
+    ids=["vectors", "a number"],
+)
+def test_two_devices_do_not_mix(mixes):
+    with Accelerator(), pytest.raises(AssertionError, match="two devices"):
+        mixes(on_device(1.0, 2.0))
 
 
 # ---------------------------------------------------------------------- optimizers
