@@ -623,7 +623,7 @@ def test_gradients_that_are_cleared_inside_a_window_are_kept(ranks, stage, clear
         torch.testing.assert_close(seen["weights"], kept["weights"], rtol=0, atol=0)
         assert seen["decisions"] == kept["decisions"]
         assert taken == 1
-        assert len(texts) <= 1
+        assert sum("zero_grad" in text for text in texts) <= 1
     told = result(ranks, f"clearing {stage} {clears}")[0][1]
     assert "throw away the window's earlier micro-batches" in told[0]
 

@@ -183,6 +183,7 @@ CASES = {
     },
     "uneven": uneven_backwards,
     "no optimizer 0": functools.partial(no_optimizer, stage=0),
+    "no optimizer 3": functools.partial(no_optimizer, stage=3),
     "counts": counted_once_for_two,
     "end, shortened": functools.partial(end_of_the_data, shortens=True),
     "end, advised": functools.partial(end_of_the_data, shortens=True, mode="advise"),
@@ -223,8 +224,9 @@ def test_windows_that_the_loop_ends_resume_at_another_length(ranks):
             assert batch == 2 * 2 * engines.MICRO_BATCH
 
 
-def test_an_engine_without_an_optimizer_runs_and_says_that_it_measures_nothing(ranks):
-    for rank, (noise, shape, texts) in enumerate(result(ranks, "no optimizer 0")):
+@pytest.mark.parametrize("stage", [0, 3])
+def test_an_engine_without_an_optimizer_runs_and_says_that_it_measures_nothing(ranks, stage):
+    for rank, (noise, shape, texts) in enumerate(result(ranks, f"no optimizer {stage}")):
         assert noise is None
         assert shape == (engines.MICRO_BATCH, 3)
         assert any("has no optimizer" in text for text in texts) == (rank == 0)

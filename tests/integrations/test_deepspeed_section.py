@@ -133,7 +133,6 @@ MISTAKES = {
     "capitals": ({"NoiseAware": {"mode": "auto"}}, ['"NoiseAware"', '"noise_aware"']),
     "letters": ({"noise_awrae": {"mode": "auto"}}, ['"noise_awrae"', '"noise_aware"']),
     "type": (kind("NoiseAwareAdamX"), ["optimizer.type", "'NoiseAwareAdamX'", "NoiseAwareAdamW"]),
-    "no optimizer": ({"optimizer": {}}, ['give the config an "optimizer"', "optimizer="]),
     "noise": (kind("NoiseAwareAdamW", noise="auto"), ["optimizer.params.noise", "noise_aware"]),
 }
 WRONG_TYPES = {
