@@ -1,12 +1,11 @@
 """The loop between measuring and acting: windows from the device in, decisions to observers out.
 
-It owns the controller, reads the queued rows at decision points only, and carries the state as
-plain numbers. Optimizer and monitor share it.
+It reads the queued rows at decision points only, and carries the state as plain numbers. Optimizer,
+monitor and DeepSpeed's engine share it.
 """
 
 import logging
 import math
-from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import astuple, replace
 
@@ -18,31 +17,22 @@ from noiseopt.agreement import Agreement, starting_facts
 from noiseopt.capture import APPLIED, SECONDS, Measured, Row, read_rows, read_seconds
 from noiseopt.clock import Clock
 from noiseopt.control import (
-    RATE_RULES,
     Controller,
-    ControllerState,
-    Decision,
     NoiseConfig,
     Rates,
-    Start,
-    Window,
     from_saved,
-    to_numbers,
     to_saved,
 )
+from noiseopt.deciding import Decides, Number
 from noiseopt.distributed import Ranks
-from noiseopt.estimate import NoiseEstimate
 from noiseopt.loop_checks import StandstillCheck
-from noiseopt.observers import Observer, tell
+from noiseopt.observers import tell
 from noiseopt.told import Losses, SampleCounts
 
-KEPT_DECISIONS = 256
-
-Number = int | float
 logger = logging.getLogger("noiseopt")
 
 
-class Adaptation:
+class Adaptation(Decides):
     """Measurements in, decisions out, for one optimizer.
 
     Args:
@@ -54,8 +44,6 @@ class Adaptation:
     Attributes:
         ranks: those that take part.
         settings: tells what an update is made with, which ranks must have alike.
-        rule: the name of the learning-rate rule.
-        groups: the names of the parameter groups that are measured.
         steps: the length of the open window, in micro-batches on each rank.
         measures: whether it is measured where that costs something.
         max_norm: the norm at which its gradient is clipped; infinite for never.
@@ -76,18 +64,14 @@ class Adaptation:
         groups: Sequence[str],
         ranks: Ranks,
     ) -> None:
-        self.config = config
+        super().__init__(config, rule, groups)
         self.ranks = ranks
-        self.decisions: deque[Decision] = deque(maxlen=KEPT_DECISIONS)
-        self.observers: list[Observer] = []
         self.settings: Callable[[], dict[str, object]] = dict
-        self.rule, self.groups = rule, tuple(groups)
         self.restart()
 
     def restart(self) -> None:
         """Forget everything that was measured and decided."""
-        rule = RATE_RULES[self.rule]
-        self._go_on(Controller.create(self.config, rule, self.num_groups))
+        self._go_on(self._new_controller())
 
     def _go_on(self, controller: Controller) -> None:
         self._controller = controller
@@ -99,48 +83,10 @@ class Adaptation:
         self.join(self.ranks)
         self._begin()
 
-    def observe(self, observer: Observer) -> None:
-        """Have an observer called with each decision."""
-        tell([observer], "on_start", self._now)
-        self.observers.append(observer)
-
-    def _begin(self) -> None:
-        """Let the decisions to come begin from the present state."""
-        self._decided_state = self._controller.state
-        self._windows: list[Window] = []
-        tell(self.observers, "on_start", self._now)
-
-    def _now(self) -> Start:
-        return Start(self.config, self.rule, self.groups, self._decided_state)
-
-    @property
-    def state(self) -> ControllerState:
-        """The controller's state, as far as rows were read."""
-        return self._controller.state
-
-    @property
-    def noise(self) -> NoiseEstimate | None:
-        """The estimate of the latest decision, or of the state that was loaded since."""
-        return self.decisions[-1].noise if self.decisions else self._controller.estimate()
-
-    @property
-    def num_groups(self) -> int:
-        """How many parameter groups are measured."""
-        return len(self.groups)
-
-    @property
-    def acts(self) -> bool:
-        """Whether decisions take effect."""
-        return self.config.mode == "auto"
-
     @property
     def num_updates(self) -> int:
         """Updates applied. On an accelerator this waits for it."""
         return self._controller.state.num_updates + sum(int(r[APPLIED] > 0) for r in self._rows)
-
-    def rates(self, steps: int) -> Rates:
-        """The factors for a window of so many steps: those of the latest decision."""
-        return self._controller.rates(steps) if self.acts else Rates()
 
     # ------------------------------------------------------------------ ranks
 
@@ -185,12 +131,6 @@ class Adaptation:
 
     def _tell_error(self, error: Exception) -> None:
         tell(self.observers, "on_error", error)
-
-    def _common_state(self) -> dict[str, Number]:
-        """The state as far as ranks share it: what each has dropped is its own affair."""
-        numbers = to_numbers(self._controller.state)
-        del numbers["total_dropped"]
-        return numbers
 
     # ------------------------------------------------------------------ what the loop tells
 
@@ -280,11 +220,9 @@ class Adaptation:
     def _decide(self, lr: float) -> None:
         self._learn(together=True)
         seconds = self._clock.decide() if self._clock else None
-        self._controller, decision = self._controller.decide(lr, tuple(self._windows), seconds)
-        self._decided_state, self._windows = self._controller.state, []
+        decision = self._conclude(lr, seconds)
         if self.ranks.all > 1:
             self._agreement.set_state(self._common_state())
-        self.decisions.append(decision)
         noise, steps = decision.noise, decision.accumulation_steps
         if noise is not None and noise.count >= self.config.min_count:
             self._agreement.see_noise(noise, decision.batch / steps / decision.ranks)
@@ -296,8 +234,7 @@ class Adaptation:
         if self._clock:
             self._clock.hear(read_seconds(rows, self.ranks.data))
         for window in read_rows(rows, self.ranks.data):
-            self._controller = self._controller.learn(window)
-            self._windows.append(window)
+            self._take_in(window)
             self._standstill.see(window.applied)
             if window.norms is not None and not self.samples.are_told:  # with weights of their own
                 self._agreement.see_mean(window.norms)
@@ -342,14 +279,6 @@ class Adaptation:
         """
         self._learn()
         return to_saved(self._controller.state, dropped)
-
-    def check_numbers(self, numbers: Mapping[str, Number]) -> None:
-        """Refuse a state that cannot be loaded, before anything is changed.
-
-        Raises:
-            ValueError: it is of another version or shape.
-        """
-        from_saved(self._controller.state, numbers)
 
     def load_numbers(self, numbers: Mapping[str, Number]) -> None:
         """Go on from a saved state; what was queued since is forgotten."""

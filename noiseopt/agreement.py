@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from noiseopt.capture import ENDED, Row, as_tensor, device_of, squared_norms
-from noiseopt.distributed import DIGESTS, Ranks, ddp_around, digest, refuse_join, spread
+from noiseopt.distributed import DIGESTS, Ranks, digest, spread
 from noiseopt.estimate import NoiseEstimate, WindowNorms
+from noiseopt.parallel import ddp_around, ranks_of, refuse_join
 
 TOLERANCE = 1e-12  # of the relative variance of the mean gradient's squared norm
 SAME = 1e-14  # what rounding leaves of the relative variance of equal numbers
@@ -68,7 +69,7 @@ class Agreement:
             RuntimeError: there are others than when the hooks were set, or their process group
                 cannot sum what is measured.
         """
-        if Ranks.of(groups, process_group) != self.ranks:
+        if ranks_of(groups, process_group) != self.ranks:
             raise RuntimeError(
                 f"the optimizer was built for {self.ranks.all} rank(s) and now there are others: "
                 "call torch.distributed.init_process_group() and fully_shard() before building it; "

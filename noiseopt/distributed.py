@@ -4,30 +4,23 @@ Every decision rests on numbers that were summed over all of them, in one small 
 update, so every rank decides alike. Collectives are called here and nowhere else.
 """
 
-import gc
 import logging
-import weakref
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import chain, compress
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
-from torch.nn.parallel import DistributedDataParallel
 
 from noiseopt.capture import (
     Share,
-    device_of,
-    is_sharded,
     share_among,
-    spans_whole_mesh,
-    unsharded_leaves,
 )
 
 BUCKET_BYTES = 25 * 2**20
@@ -39,13 +32,6 @@ _flatten: Any = _flatten_dense_tensors
 _unflatten: Any = _unflatten_dense_tensors
 
 logger = logging.getLogger("noiseopt")
-
-
-def world_size(group: dist.ProcessGroup | None) -> int:
-    """Ranks in a process group; 1 where nothing is distributed."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 1
-    return dist.get_world_size(group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,55 +51,6 @@ class Ranks:
     sharded: bool = False
     groups: tuple[dist.ProcessGroup | None, ...] = ()
     device: torch.device = field(default=torch.device("cpu"), compare=False)
-
-    @classmethod
-    def of(
-        cls,
-        groups: Sequence[Sequence[Tensor]],
-        process_group: dist.ProcessGroup | None,
-    ) -> "Ranks":
-        """Those that share the gradients of some parameters.
-
-        Args:
-            groups: the optimizer's parameters.
-            process_group: the data-parallel ranks, where no mesh says so; if None, those over
-                which DDP averages, and without DDP the default group.
-
-        Raises:
-            ValueError: parameters are averaged over different ranks, or in a way that is not
-                measured rightly; or `process_group` contradicts their mesh or DDP.
-        """
-        params = [param for params in groups for param in params]
-        _refuse_layouts(params)
-        if world_size(process_group) < 0:
-            raise ValueError(
-                "this rank is not in process_group: build the optimizer with the group of the "
-                "ranks that share its gradients"
-            )
-        device = device_of(groups)
-        managed = {slot[2] for _, slots in unsharded_leaves(params) for slot in slots}
-        layouts = {_layout(param, param in managed) for param in params if is_sharded(param)}
-        if not layouts:
-            group = _ddp_group(groups, process_group)
-            data = world_size(group)
-            return cls(data, groups=(group,) if data > 1 else (), device=device)
-        sizes = {layout.data for layout in layouts if layout.data}
-        if len({layout.averaged_over for layout in layouts if layout.data}) > 1:
-            raise ValueError(
-                "the parameters are sharded over different meshes, as experts are, and their "
-                "gradients averaged over different ranks, which is not measured yet: use "
-                "noise='off', or give each mesh's parameters an optimizer of their own"
-            )
-        model = max(layout.model for layout in layouts)
-        widest = max((layout.mesh for layout in layouts), key=lambda mesh: mesh.size())
-        told = world_size(process_group) if process_group is not None else None
-        data = max(sizes) if sizes else told or max(world_size(None) // model, 1)
-        if told not in (None, data):
-            raise ValueError(
-                f"process_group has {told} ranks, but the mesh averages gradients over {data}: "
-                "leave process_group out"
-            )
-        return cls(data, model, True, _groups(widest, data * model, process_group), device)
 
     @property
     def all(self) -> int:
@@ -235,93 +172,6 @@ class Ranks:
             )
 
 
-def _refuse_layouts(params: Sequence[Tensor]) -> None:
-    """Refuse parallel models whose parameters do not show which ranks hold what.
-
-    Raises:
-        ValueError: names how the model is wrapped, and the remedy.
-    """
-    how = None
-    if any(hasattr(param, "_st_info") for param in params):
-        how = "DDP(device_mesh=...) around tensor-parallel parameters"
-    for module, slots in unsharded_leaves(params):
-        meshes: Any = [param for _, _, param in slots]
-        split = any(not placed.is_replicate() for param in meshes for placed in param.placements)
-        kinds = {kind.__name__ for kind in type(module).__mro__}
-        if "ReplicateModule" in kinds and split:
-            how = "replicate() around tensor-parallel parameters"
-        if spans_whole_mesh(module):
-            how = "fully_shard(dp_mesh_dims=...)"
-    if how is not None:
-        raise ValueError(
-            f"{how} is not measured rightly yet: use fully_shard(model, mesh=mesh['data']) over "
-            "parallelize_module, or noise='off'"
-        )
-
-
-def ddp_around(groups: Sequence[Sequence[Tensor]]) -> "weakref.WeakSet[nn.Module]":
-    """The DDP modules that wrap some of these parameters."""
-    own = {param for params in groups for param in params}
-    living = gc.get_objects()  # DDP keeps no list of its modules
-    kinds = {kind for kind in set(map(type, living)) if DistributedDataParallel in kind.__mro__}
-    wrappers = compress(living, map(kinds.__contains__, map(type, living)))  # many: in C
-    return weakref.WeakSet(each for each in wrappers if not own.isdisjoint(each.parameters()))
-
-
-def _ddp_group(
-    groups: Sequence[Sequence[Tensor]], told: dist.ProcessGroup | None
-) -> dist.ProcessGroup | None:
-    """The process group over which DDP averages some parameters; None for the default one.
-
-    Without DDP it is what was told.
-    """
-    if world_size(None) == 1:
-        return told
-    wrappers: Collection[Any] = ddp_around(groups)
-    over = {tuple(_members(each)): each.process_group for each in wrappers}
-    if len(over) > 1:
-        raise ValueError(
-            f"the parameters are wrapped in DDP over different ranks, {sorted(over)}, and their "
-            "gradients averaged over those: give each its own optimizer"
-        )
-    for members, group in over.items():
-        if told is not None:
-            _compare_members(told, members, wrappers)
-            return told
-        return None if len(members) == world_size(None) else group
-    return told
-
-
-def _compare_members(
-    told: dist.ProcessGroup, members: tuple[int, ...], wrappers: Collection[Any]
-) -> None:
-    own_hooks = any(wrapper._comm_hooks for wrapper in wrappers)  # which may average over others
-    if set(dist.get_process_group_ranks(told)) != set(members) and not own_hooks:
-        raise ValueError(
-            f"process_group has the ranks {dist.get_process_group_ranks(told)}, but DDP averages "
-            f"gradients over {list(members)}: leave process_group out"
-        )
-
-
-def _members(ddp: Any) -> list[int]:
-    return dist.get_process_group_ranks(ddp.process_group)
-
-
-def refuse_join(ddp: Any) -> None:
-    """Refuse to step inside `ddp.join()`: a rank that is done answers DDP's collectives only.
-
-    Raises:
-        RuntimeError: the module is inside such a context.
-    """
-    if ddp._join_config.enable:
-        raise RuntimeError(
-            "step() inside model.join(): a rank without data left takes no part in what the "
-            "optimizer sums over ranks; set NoiseConfig(gradients='local'), run each micro-batch "
-            "inside optimizer.accumulate(model), and call optimizer.flush() on every rank when "
-            "its data ends"
-        )
-
-
 def sync_buffers(ddp_modules: Iterable[Any], groups: Sequence[Sequence[Tensor]]) -> None:
     """Send rank 0's buffers to all, as DDP does for each forward after it averaged gradients.
 
@@ -339,43 +189,6 @@ def sync_buffers(ddp_modules: Iterable[Any], groups: Sequence[Sequence[Tensor]])
         if module.will_sync_module_buffers():
             module._sync_buffers()
         module.require_forward_param_sync = as_it_was
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Over which ranks a sharded parameter lies: those with different data, and those without.
-
-    `averaged_over` are those with which this rank averages it; none if that is not the mesh's part.
-    """
-
-    averaged_over: tuple[int, ...]
-    data: int
-    model: int
-    mesh: Any
-
-
-def _layout(param: Any, managed: bool) -> _Layout:
-    mesh = param.device_mesh
-    if not managed:
-        return _Layout((), 0, mesh.size(), mesh)
-    # FSDP2 puts its own dimensions first: replicas, if any, then shards.
-    split = [dim for dim, placed in enumerate(param.placements) if not placed.is_replicate()]
-    last = split[0] if split else mesh.ndim - 1
-    here = mesh.get_coordinate()[last + 1 :]
-    averaged_over = mesh.mesh[(slice(None),) * (last + 1) + tuple(here)].flatten().tolist()
-    data = len(averaged_over)
-    return _Layout(tuple(sorted(averaged_over)), data, mesh.size() // data, mesh)
-
-
-def _groups(
-    mesh: Any, ranks: int, process_group: dist.ProcessGroup | None
-) -> tuple[dist.ProcessGroup | None, ...]:
-    if ranks == 1:
-        return ()
-    if ranks == world_size(None):
-        return (None,)
-    along = tuple(mesh.get_group(dim) for dim in range(mesh.ndim))
-    return along if mesh.size() == ranks else (*along, process_group)
 
 
 def _real(tensor: Tensor) -> Tensor:

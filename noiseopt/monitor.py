@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from noiseopt.adaptation import Adaptation, Number
+from noiseopt.adaptation import Adaptation
 from noiseopt.capture import BackwardCapture, end_row, norm_of_mean
 from noiseopt.control import RATE_RULES, NoiseConfig, Rates, group_names
-from noiseopt.distributed import Ranks
+from noiseopt.deciding import Number
 from noiseopt.loop_checks import LoopChecks
 from noiseopt.optim import NoiseAware
+from noiseopt.parallel import ranks_of
 from noiseopt.readings import NoiseReadings
 
 
@@ -84,7 +85,7 @@ class NoiseMonitor(NoiseReadings):
         self._process_group = process_group
         self._started = False
         groups = [group["params"] for group in optimizer.param_groups]
-        ranks = Ranks.of(groups, process_group)
+        ranks = ranks_of(groups, process_group)
         names = group_names(optimizer.param_groups)
         self._adaptation: Adaptation = Adaptation(self.config, rate_rule, names, ranks)
         self._capture = BackwardCapture(

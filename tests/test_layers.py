@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"estimate"},
     {"control"},
-    {"capture", "distributed", "loop_checks"},
-    {"adaptation", "agreement", "clock", "observers", "readings", "told", "words"},
+    {"capture", "distributed", "loop_checks", "parallel"},
+    {"adaptation", "agreement", "clock", "deciding", "observers", "readings", "told", "words"},
     {"optim", "schedulers", "monitor"},
     {"", "__main__", "cli", "demo", "integrations", "plan", "record", "report", "watch"},
 )

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from noiseopt.adaptation import Adaptation, Number
+from noiseopt.adaptation import Adaptation
 from noiseopt.capture import STEPS, Row, end_row
 from noiseopt.control import Decision, NoiseConfig, group_names, metrics
+from noiseopt.deciding import Number
 from noiseopt.distributed import Ranks, digest
 from noiseopt.integrations.deepspeed.control import EngineControl
 from noiseopt.integrations.deepspeed.leaves import LeafNorms

@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 from noiseopt.adaptation import Adaptation
 from noiseopt.capture import device_of, end_row, local
 from noiseopt.control import NoiseConfig, group_names
-from noiseopt.distributed import Ranks
 from noiseopt.optim.checks import check_group, check_step
 from noiseopt.optim.collector import GradientCollector
 from noiseopt.optim.ended import Ended
@@ -28,6 +27,7 @@ from noiseopt.optim.kernels import give_up_fused_if_sparse, prefer_fused
 from noiseopt.optim.saving import SavesNoise
 from noiseopt.optim.unsure import UnsureUpdates
 from noiseopt.optim.update import AppliesMeans
+from noiseopt.parallel import ranks_of
 from noiseopt.words import can_measure
 
 logger = logging.getLogger("noiseopt")
@@ -86,7 +86,7 @@ class NoiseAware(AppliesMeans):
         self._decoupled = decouples_weight_decay(type(self))
         self._device = device_of(self._all_params())
         groups = self._all_params()
-        ranks = Ranks.of(groups, self._process_group)
+        ranks = ranks_of(groups, self._process_group)
         self._adaptation = Adaptation(
             self.config, self.rate_rule, group_names(self.param_groups), ranks
         )

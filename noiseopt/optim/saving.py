@@ -14,12 +14,12 @@ from torch.optim import Optimizer
 
 from noiseopt.adaptation import Adaptation
 from noiseopt.control import NoiseConfig, group_names
-from noiseopt.distributed import Ranks
 from noiseopt.optim.checks import check_group, check_state
 from noiseopt.optim.collector import GradientCollector
 from noiseopt.optim.hyper import UPDATES, start_numbers
 from noiseopt.optim.kernels import keep_fused
 from noiseopt.optim.unsure import UnsureUpdates
+from noiseopt.parallel import ranks_of
 from noiseopt.readings import NoiseReadings
 from noiseopt.words import describe
 
@@ -46,7 +46,7 @@ class SavesNoise(NoiseReadings, Optimizer):
             group = self.param_groups.pop()
             check_group(group)
             self.param_groups.append(group)
-            if Ranks.of(self._all_params(), self._process_group) != self._adaptation.ranks:
+            if ranks_of(self._all_params(), self._process_group) != self._adaptation.ranks:
                 self.param_groups.pop()
                 raise ValueError(
                     "the new group's gradients are averaged over other ranks than those of the "
