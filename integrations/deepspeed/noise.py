@@ -1,7 +1,6 @@
 """What an engine measures and decides: its windows from the first backward to the update."""
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -10,12 +9,13 @@ import torch
 from torch import Tensor
 
 from noiseopt.adaptation import Adaptation
-from noiseopt.capture import STEPS, Row, end_row
+from noiseopt.capture import Row, end_row
 from noiseopt.control import Decision, NoiseConfig, group_names, metrics
 from noiseopt.deciding import Number
 from noiseopt.distributed import Ranks, digest
 from noiseopt.integrations.deepspeed.control import EngineControl
 from noiseopt.integrations.deepspeed.leaves import LeafNorms
+from noiseopt.integrations.deepspeed.lengths import WindowLengths
 from noiseopt.integrations.deepspeed.loop import LoopWatch
 from noiseopt.integrations.deepspeed.section import Settings
 from noiseopt.integrations.deepspeed.window import EngineWindow
@@ -49,22 +49,26 @@ class EngineNoise(NoiseReadings):
         self._wrapper = wrapper_of(engine)
         self._groups = self._wrapper.params()
         group, size = engine.data_parallel_group, engine.dp_world_size
-        ranks = Ranks(size, 1, self._wrapper.sharded, (group,) if size > 1 else ())
+        device, over = torch.device(engine.device), (group,) if size > 1 else ()
+        ranks = Ranks(size, 1, self._wrapper.sharded, over, device)
         sgd = isinstance(self._wrapper.basic, torch.optim.SGD)
         rule = settings.rate_rule or ("sgd" if sgd else "adam")
         names = group_names(self._wrapper.basic.param_groups)
         self._adaptation = Adaptation(settings.config, rule, names, ranks)
         self._adaptation.settings = self._hyper_parameters
-        self._leaves = LeafNorms(self._groups, torch.device(engine.device))
+        self._leaves = LeafNorms(self._groups, device)
         self._control = EngineControl(engine, self._wrapper, settings)
         self._loop = LoopWatch(engine, self._leaves, self._control)
         self._window = EngineWindow(
             engine, self._wrapper, self._leaves, self._loop, self._adaptation
         )
+        self._lengths = WindowLengths(
+            engine, self._adaptation, self._control, self._leaves, self._loop
+        )
         self._ended: tuple[Row, float] | None = None  # a window's row, and the user's rate in it
         _guard(engine.optimizer, self.keeps_gradients)
         self._started = self.tells_samples = False
-        self._warned_of_open_window = self._shortened = False
+        self._warned_of_open_window = False
         if engine.monitor.enabled:
             self.add_observer(self._write_events)
         if not engine.managed_gradient_accumulation():
@@ -113,13 +117,7 @@ class EngineNoise(NoiseReadings):
 
     def detach(self) -> None:
         """Stop measuring: remove every hook."""
-        if self.taken and self.makes_windows:
-            self._loop.tell(
-                "left",
-                f"{self.taken} of {self.accumulation_steps} micro-batches of an open window are in "
-                "no update: before the last k of the data, if those are fewer, call "
-                "engine.noise_aware.shorten_window(k)",
-            )
+        self._lengths.tell_of_rest()
         self._leaves.detach()
         vars(self._engine.optimizer).pop("zero_grad", None)
 
@@ -130,17 +128,7 @@ class EngineNoise(NoiseReadings):
             RuntimeError: it has begun, or the loop says where windows end.
             ValueError: it would not be shorter.
         """
-        if self._control.loop_ends_windows:
-            raise RuntimeError("the loop says where windows end: have it end this one early")
-        if self.taken:
-            raise RuntimeError(
-                f"the open window has had {self.taken} of {self.accumulation_steps} micro-batches, "
-                "each divided by that number: shorten it before the first"
-            )
-        self._adaptation.shorten(steps, 0)
-        self._shortened = True
-        self._control.set_window(steps)
-        self._loop.begin_window()
+        self._lengths.shorten(steps)
 
     def keeps_gradients(self) -> bool:
         """Whether `zero_grad` is to leave gradients alone; see `LoopWatch.keeps_gradients`."""
@@ -170,12 +158,7 @@ class EngineNoise(NoiseReadings):
         Raises:
             RuntimeError: the loop has ended a window by itself before.
         """
-        if self._control.loop_ends_windows and not self._control.makes_windows:
-            raise RuntimeError(
-                "the loop has ended windows by itself: lead it from the first one on"
-            )
-        self._control.lead(set_window)
-        set_window(self.accumulation_steps)
+        self._lengths.lead(set_window)
 
     def leave_windows_to_loop(self, why: str) -> None:
         """Keep windows as long as they are: someone else says where they end.
@@ -183,23 +166,7 @@ class EngineNoise(NoiseReadings):
         Raises:
             RuntimeError: their length was changed before.
         """
-        if self._control.loop_ends_windows:
-            return
-        changed = self.accumulation_steps != self.config.accumulation_steps
-        if changed and (self._started or self.taken):
-            raise RuntimeError(
-                f"{why}: the loop says where windows end, after the engine had made them "
-                f"{self.accumulation_steps} micro-batches long: do so from the first one on"
-            )
-        self._control.loop_ends_windows = True
-        if changed:  # by a state that was loaded
-            self._control.set_window(self.config.accumulation_steps)
-        self._adaptation.keep_window(self.config.accumulation_steps)
-        self._loop.tell(
-            "the loop's windows",
-            f"{why}: the loop says where windows end, so the engine leaves them as they are; "
-            "learning rate and clipping adapt",
-        )
+        self._lengths.leave_to_loop(why, begun=self._started or self.taken > 0)
 
     @contextmanager
     def update(self, lr_kwargs: Mapping[str, Any]) -> Iterator[None]:
@@ -228,7 +195,7 @@ class EngineNoise(NoiseReadings):
         lends = self._adaptation.acts and self._wrapper.takes_norm
         at_once = (lends and self._wrapper.sharded) or self._control.loop_ends_windows
         row, norm = self._window.agree(passes, at_once)
-        steps = self._micro_batches(row)
+        steps = self._lengths.micro_batches(row)
         lr, rates = self._user_lr(), self._adaptation.rates(steps)
         lent_norm = self._wrapper.lent_norm(norm) if lends else nullcontext()
         with self._control.lent(rates, steps, lr_kwargs), self._window.withheld(norm), lent_norm:
@@ -237,12 +204,6 @@ class EngineNoise(NoiseReadings):
         end_row(row, applied, applied and self._window.applied_norm(norm) > self.max_norm)
         self._leaves.clear()
         self._ended = row, lr
-
-    def _micro_batches(self, row: Row) -> int:
-        """The window's, the same on all ranks, however many backwards each has had in it."""
-        if self._control.loop_ends_windows:
-            return math.ceil(float(row[STEPS]) / self._adaptation.ranks.data)
-        return int(self._engine.gradient_accumulation_steps())
 
     def close_window(self) -> None:
         """After a step: decide if it was due, and give the engine its next window.
@@ -255,27 +216,7 @@ class EngineNoise(NoiseReadings):
         try:
             self._adaptation.close_window(row, lambda: lr)
         finally:
-            self._open_window()
-
-    def _open_window(self) -> None:
-        """Have the engine's next window exactly as long as was decided."""
-        if self._adaptation.acts and self._adaptation.max_norm != self.max_norm:
-            self._control.set_max_norm(self._adaptation.max_norm)
-        if self._control.makes_windows or self._shortened:
-            self._set_window(self.accumulation_steps)
-            self._shortened = False
-        self._leaves.listen(self._adaptation.measures)
-        self._loop.begin_window()
-
-    def _set_window(self, steps: int) -> None:
-        self._control.set_window(steps)
-        if steps != self.config.accumulation_steps and self._control.stretches_schedule:
-            self._loop.tell(
-                "the schedule",
-                f"the window is now {steps} micro-batches, and the learning rate's schedule counts "
-                'updates: it stretches; say "noise_aware": {"schedule": "samples"} to have it '
-                "follow the samples",
-            )
+            self._lengths.open()
 
     # ------------------------------------------------------------------ ranks and words
 
@@ -351,10 +292,7 @@ class EngineNoise(NoiseReadings):
         # What the checkpoint has brought back of the engine's own may differ from ours.
         acts = self._adaptation.acts
         self._control.set_max_norm(self._adaptation.max_norm if acts else self.config.max_norm)
-        if not self.makes_windows and self.accumulation_steps != self.config.accumulation_steps:
-            self._adaptation.set_window(self.config.accumulation_steps)
-        self._engine.micro_steps = 0
-        self._open_window()
+        self._lengths.go_on()
 
 
 def _guard(optimizer: Any, keeps_gradients: Callable[[], bool]) -> None:
