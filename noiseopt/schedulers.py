@@ -35,6 +35,8 @@ from noiseopt.optim.hyper import (
 )
 from noiseopt.optim.unsure import UnsureUpdates
 
+MOST_UNSURE = 256  # updates, where the monitor was detached and no decision settles them
+
 T = TypeVar("T")
 
 
@@ -145,7 +147,7 @@ class NoiseAwareLR(LRScheduler):
         self._put_back()
         rates, least = self.monitor.rates, self.monitor.config.min_beta2
         groups = optimizer.param_groups
-        if len(self._numbers) < len(groups):
+        if len(self._numbers) < len(groups) or len(self._unsure) >= MOST_UNSURE:
             self._unsure.settle(self._numbers)
         while len(self._numbers) < len(groups):
             self._numbers.append(start_numbers(optimizer, groups[len(self._numbers)]))

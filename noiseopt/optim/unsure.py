@@ -9,8 +9,6 @@ from torch import Tensor
 from noiseopt.control import Rates
 from noiseopt.optim.hyper import MOMENTS, UPDATES, Group, scaled_betas
 
-MOST = 256  # updates before they are settled, where nobody asks for it
-
 Numbers = Sequence[dict[str, Any]]
 
 
@@ -33,7 +31,7 @@ class UnsureUpdates:
     def add(
         self, skipped: Tensor | bool, numbers: Numbers, groups: Sequence[Group], rates: Rates
     ) -> None:
-        """Count one more. Nothing waits for it, but for one in so many.
+        """Count one more. Nothing waits for it.
 
         Args:
             skipped: whether the kernel skipped it, 0-d; False if it is known not to have.
@@ -41,8 +39,6 @@ class UnsureUpdates:
             groups: with the user's own betas.
             rates: the factors that it applied.
         """
-        if len(self) == MOST:
-            self.settle(numbers)
         if not self._updates:
             self._before = [{key: each[key] for key in MOMENTS if key in each} for each in numbers]
         self._updates.append((skipped, rates, [group.get("betas") for group in groups]))
