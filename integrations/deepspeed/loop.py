@@ -75,7 +75,7 @@ class LoopWatch:
             return False
         if not 0 < len(self._leaves) == calls:
             return False
-        self.tell(
+        self._tell_here(
             "zero_grad",
             "zero_grad() inside a window is passed over, since it would throw away the window's "
             "earlier micro-batches: leave it out, DeepSpeed clears gradients after each update; "
@@ -86,14 +86,14 @@ class LoopWatch:
     def shows_each(self, passes: int) -> bool:
         """Whether each micro-batch was read, in one backward of its own; tells why not."""
         if self._leaves.strays:
-            self.tell(
+            self._tell_here(
                 "strays",
                 "a backward ran outside of engine.backward(loss): windows with one are not "
                 "measured; call engine.backward",
             )
             return False
         if self._leaves.unread:
-            self.tell(
+            self._tell_here(
                 "unread",
                 "a parameter's gradient came in parts or unread, as where it is used inside and "
                 "outside of a reentrant checkpoint: windows with one are not measured; use "
@@ -102,7 +102,7 @@ class LoopWatch:
             return False
         if self._control.loop_ends_windows or passes == self._calls:
             return True
-        self.tell(
+        self._tell_here(
             "passes",
             f"{passes} backward passes in {self._calls} calls of engine.step(): such windows are "
             "not measured; call engine.backward once before each engine.step, with the sum of "
@@ -111,7 +111,15 @@ class LoopWatch:
         return False
 
     def tell(self, of: str, text: str) -> None:
-        """Warn on one rank, and of each thing once."""
-        if of not in self._told and self._engine.global_rank == 0:
+        """Warn, once of each thing, of what is so on all ranks: on one of them."""
+        if self._engine.global_rank == 0:
+            self._warn_once(of, text)
+
+    def _tell_here(self, of: str, text: str) -> None:
+        """Warn, once of each thing, of what this rank's loop does: others' may not."""
+        self._warn_once(of, f"rank {self._engine.global_rank}: {text}")
+
+    def _warn_once(self, of: str, text: str) -> None:
+        if of not in self._told:
+            self._told.add(of)
             logger.warning("%s", text)
-        self._told.add(of)

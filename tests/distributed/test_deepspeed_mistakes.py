@@ -169,6 +169,20 @@ def clipped_by(rank, way):
         return engines.weights_of(engine), [w.clipped for w in windows(engine)]
 
 
+def extra_backward_on_one_rank(rank):
+    """The second rank's loop runs two backwards for its first micro-batch, which sum up."""
+    engines.set_up(rank)
+    with Warnings() as texts, engine_of(config_of(stage=0, steps=2)) as engine:
+        one, other, more = batches_of(3, rank)
+        backward(engine, one)
+        if rank == 1:
+            backward(engine, more)
+        engine.step()
+        backward(engine, other)
+        engine.step()
+        return texts, [window.norms.finite for window in windows(engine)]
+
+
 def windows(engine):
     return [window for decision in engine.noise_aware.decisions for window in decision.windows]
 
@@ -189,6 +203,7 @@ CASES = {
     "end, advised": functools.partial(end_of_the_data, shortens=True, mode="advise"),
     "end": functools.partial(end_of_the_data, shortens=False),
     "increments": told_increments,
+    "extra": extra_backward_on_one_rank,
     "clipped by the loop": functools.partial(clipped_by, way="the loop"),
     "clipped by the engine": functools.partial(clipped_by, way="the engine"),
 }
@@ -263,3 +278,11 @@ def test_whoever_ends_windows_they_are_clipped_alike(ranks):
     ):
         assert clipped == [True] * 3
         torch.testing.assert_close(weights, same, rtol=0, atol=1e-7)
+
+
+def test_what_one_ranks_loop_does_is_told_there(ranks):
+    (first, measured), (second, also) = result(ranks, "extra")
+    assert measured == also == [False]
+    assert not first
+    (text,) = second
+    assert text.startswith("rank 1: 3 backward passes in 2 calls of engine.step()")
