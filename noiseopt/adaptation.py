@@ -140,6 +140,10 @@ class Adaptation(Decides):
         if not self._controller.state.counts_samples:
             self._controller = self._controller.counting_samples()
 
+    def summed_parts(self, totals: Tensor) -> Tensor:
+        """Numbers of which each rank holds its part, summed over them if it does."""
+        return self.ranks.sum_(totals, self.open_window) if self.ranks.sharded else totals
+
     def next_samples(self, device: torch.device, own: bool) -> tuple[float, float]:
         """The samples of the micro-batch that is taken now, and its weight in the window's mean.
 

@@ -16,11 +16,20 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from noiseopt.adaptation import Adaptation
-from noiseopt.capture import BackwardCapture, end_row, norm_of_mean
+from noiseopt.capture import (
+    UNSEEN,
+    BackwardCapture,
+    device_of,
+    end_row,
+    norm_of_mean,
+    settled,
+    squared_norms,
+)
 from noiseopt.control import RATE_RULES, NoiseConfig, Rates, group_names
 from noiseopt.deciding import Number
 from noiseopt.loop_checks import LoopChecks
 from noiseopt.optim import NoiseAware
+from noiseopt.optim.hyper import settings_of
 from noiseopt.parallel import ranks_of
 from noiseopt.readings import NoiseReadings
 
@@ -93,6 +102,7 @@ class NoiseMonitor(NoiseReadings):
             lambda: self.accumulation_steps,
             ranks.share if ranks.sharded else None,
             lambda: self._adaptation.measures,
+            lambda totals: self._adaptation.summed_parts(totals),
         )
         self._checks = LoopChecks(ranks)
         self._micro_batches = 0
@@ -134,7 +144,7 @@ class NoiseMonitor(NoiseReadings):
         Raises:
             ValueError: it would not be shorter.
         """
-        self._adaptation.shorten(steps, len(self._capture))
+        self._adaptation.shorten(steps, self._capture.taken())
 
     def detach(self) -> None:
         """Stop watching: remove every hook."""
@@ -176,8 +186,21 @@ class NoiseMonitor(NoiseReadings):
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._user_lrs = [group["lr"] for group in optimizer.param_groups]
+        if self._adaptation.ranks.all > 1:
+            settings = settings_of(optimizer.param_groups)
+            self._adaptation.settings = lambda: settings
         self._settle()
         self._closing = len(self._capture) or None
+        has_closure = any(map(callable, (*args[1:], *kwargs.values())))  # whose backward is to come
+        if self._closing is None and not has_closure:
+            self._refuse_unseen()
+
+    def _refuse_unseen(self) -> None:
+        """Refuse to pass over gradients that no backward pass has brought."""
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        grads = [settled(param.grad) for param in params if param.grad is not None]
+        if bool(squared_norms([grads], device_of([params])).sum() != 0):
+            raise RuntimeError(UNSEEN)
 
     def _settle(self) -> None:
         groups = [group["params"] for group in self.optimizer.param_groups]

@@ -136,6 +136,10 @@ class Losses:
         self._kept += self._told[-1:]
         self._told = []
 
+    def forget(self) -> None:
+        """Forget those of micro-batches that are not to come."""
+        self._told = []
+
     def take(self) -> list[Tensor]:
         """All of the window, each 0-d; the next one begins with none."""
         losses = self._kept + self._told

@@ -1,5 +1,6 @@
 """Where gradients pass, their squared norms are read: fp32 squares, fp64 sums, no device waits."""
 
+from noiseopt.capture.backward import UNSEEN as UNSEEN
 from noiseopt.capture.backward import BackwardCapture as BackwardCapture
 from noiseopt.capture.local_norms import LocalNorms as LocalNorms
 from noiseopt.capture.norms import device_of as device_of
@@ -10,6 +11,7 @@ from noiseopt.capture.row import APPLIED as APPLIED
 from noiseopt.capture.row import ENDED as ENDED
 from noiseopt.capture.row import SECONDS as SECONDS
 from noiseopt.capture.row import STEPS as STEPS
+from noiseopt.capture.row import USED as USED
 from noiseopt.capture.row import WEIGHT as WEIGHT
 from noiseopt.capture.row import Measured as Measured
 from noiseopt.capture.row import Row as Row

@@ -25,6 +25,10 @@ class GradientSums:
         self._sums: dict[Tensor, Tensor] = {}
         self._summed: set[Tensor] = set()
 
+    def __len__(self) -> int:
+        """How many parameters have one."""
+        return len(self._summed)
+
     @property
     def nbytes(self) -> int:
         """The memory that is held."""
@@ -49,11 +53,11 @@ class GradientSums:
         for param, grad in pairs:
             if param not in self._summed:
                 first.append((param, grad))
-            elif grad.layout == torch.strided:
+            elif _is_dense(grad, self._sums[param]):
                 sums.append(self._sums[param])
                 grads.append(grad)
             else:
-                self._sums[param] = self._sums[param] + weight * grad
+                self._sums[param] = _added(self._sums[param], weight * grad)
         if sums:
             torch._foreach_add_(sums, grads, alpha=weight)
         if first:
@@ -64,8 +68,9 @@ class GradientSums:
         sums: list[Tensor] = []
         grads: list[Tensor] = []
         for param, grad in pairs:
-            if param in self._sums and grad.layout == torch.strided:
-                sums.append(self._sums[param])
+            kept = self._sums.get(param)
+            if kept is not None and _is_dense(grad, kept):
+                sums.append(kept)
                 grads.append(grad)
             else:
                 wide = wide_type(grad)
@@ -86,11 +91,11 @@ class GradientSums:
             if param not in self._summed:
                 continue
             total = self._sums[param]
-            if grad.layout == torch.strided:
+            if _is_dense(grad, total):
                 sums.append(total)
                 grads.append(grad)
             else:
-                param.grad = total + grad
+                param.grad = _added(total, grad)
         if grads:
             torch._foreach_add_(grads, sums)
         self._hand_over(self._summed.difference(param for param, _ in pairs))
@@ -101,7 +106,7 @@ class GradientSums:
         for param in (param for group in groups for param in group):
             if param not in left:
                 param.grad = None
-            elif param.grad is not None and param.grad.layout == torch.strided:
+            elif param.grad is not None and _is_dense(param.grad, self._sums[param]):
                 local(param.grad).copy_(self._sums[param])
                 left.discard(param)
         self._hand_over(left)
@@ -110,6 +115,15 @@ class GradientSums:
         """Give sums away to parameters that have no gradient to hold them."""
         for param in params:
             param.grad = whole(self._sums.pop(param).to(param.dtype), param)
+
+
+def _is_dense(*tensors: Tensor) -> bool:
+    return all(tensor.layout == torch.strided for tensor in tensors)
+
+
+def _added(one: Tensor, other: Tensor) -> Tensor:
+    """The sum of two of which one may be sparse, which torch has only if that is the second."""
+    return one + other if _is_dense(one) or not _is_dense(other) else other + one
 
 
 def wide_type(param: Tensor) -> torch.dtype:

@@ -109,7 +109,10 @@ class GradientWindow:
         self._count(samples, weight)
 
     def flush(self, groups: Groups) -> Measured:
-        """End the window with what was taken so far, leaving its sum in `p.grad`."""
+        """End the window with what was taken so far, leaving its sum, if any, in `p.grad`."""
+        if len(self._sums) == 0:
+            nothing = self._tally.norms_of([[] for _ in groups])
+            return self._tally.measured(self._tally.unless_empty(nothing))
         if not is_narrow(groups) or self._of_sums:
             self._sums.restore(groups)
             return self._measured_sum(groups)

@@ -60,7 +60,8 @@ class Decision:
         noise: the estimate; None while it is unknown.
         lr: the user's learning rate, the adapted factor not included.
         loss: the mean reported loss since the last decision; None if none was.
-        grad_norm: the last window's gradient norm before clipping; None if it was skipped.
+        grad_norm: the last window's gradient norm before clipping; None if it was skipped, or
+            is not known, as of a window shorter than announced that the loop accumulated itself.
         clip_coefficient: the least factor that clipping put on a gradient since the last decision;
             1 for none.
         total_clipped: updates clipped so far.

@@ -1,6 +1,8 @@
 """A controller's state as checkpoints hold it: plain numbers under fixed keys, with a version."""
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from noiseopt.control.state import ControllerState, Number, from_numbers, to_numbers
 
@@ -35,4 +37,6 @@ def from_saved(like: ControllerState, numbers: Mapping[str, Number]) -> Controll
             f"the saved noise state has version {version}, this is version {STATE_VERSION}: "
             "load the optimizer without its 'noise' entries to start it anew"
         )
-    return from_numbers(like, numbers)
+    state = from_numbers(like, numbers)
+    # Earlier versions saved nan for a norm that was not known, which no rank finds equal.
+    return replace(state, grad_norm=0.0) if math.isnan(state.grad_norm) else state

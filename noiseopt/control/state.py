@@ -50,7 +50,7 @@ class ControllerState:
         decided_at_samples: samples seen at the last decision.
         loss_sum: sum of the losses reported since the last decision.
         loss_count: their number.
-        grad_norm: the last window's gradient norm; 0 if it was skipped.
+        grad_norm: the last window's gradient norm; 0 if it was skipped or is not known.
         clip_coefficient: the least factor that clipping put on a gradient since the last decision.
         timing: the time of windows; None if the objective is not time.
     """

@@ -88,6 +88,10 @@ class GradientCollector:
         """Micro-batches in the open window, as far as they are known."""
         return len(self._window if self._external is None else self._external.capture)
 
+    def taken(self) -> int:
+        """Micro-batches in the open window, before its last. In external mode this may wait."""
+        return len(self) if self._external is None else self._external.capture.taken()
+
     def set_loss_scale(self, scale: float | Tensor) -> None:
         """Take the factor on the losses of a window that the loop accumulates."""
         if self._external is not None:
@@ -294,21 +298,27 @@ class GradientCollector:
 
     def _end(self, measured: Measured) -> Ended:
         """End a window whose mean over ranks `p.grad` holds, or this rank's shard of it."""
-        steps, self._has_averaged = len(self._window), True
+        steps, used, self._has_averaged = len(self._window), _used(measured), True
         takes_sums = self._of_sums or self._share is not None
         row = self._adaptation.agree(measured, at_once=takes_sums)
         if not takes_sums:
-            return Ended(row, measured.norm, measured.scale, steps)
+            return Ended(row, measured.norm, measured.scale, steps, used)
         row, scale = as_tensor(row), measured.scale
         if self._of_sums:
             scale = self._ranks.data / row[WEIGHT]
             big_columns(row).mul_(scale.square())
-        return Ended(row, norm_of_mean(row), scale, steps)
+        return Ended(row, norm_of_mean(row), scale, steps, used)
 
     def _reduce(self, groups: Groups, flushing: bool) -> tuple[Ended, bool]:
-        row, steps, done = reduce_window(self._window, groups, self._adaptation, flushing)
+        row, steps, used, done = reduce_window(self._window, groups, self._adaptation, flushing)
         sync_buffers(self._adaptation.ddp_around(groups), groups)
-        return Ended(row, norm_of_mean(row), None, steps), done
+        return Ended(row, norm_of_mean(row), None, steps, used), done
+
+
+def _used(measured: Measured) -> int:
+    """The micro-batches that are in the mean, at least 1; all where only the device knows."""
+    weights = measured.weights
+    return len(weights) if isinstance(weights, Tensor) else sum(w > 0 for w in weights) or 1
 
 
 def _is_zero(grad: Tensor) -> bool:

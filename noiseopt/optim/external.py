@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from noiseopt.adaptation import Adaptation
-from noiseopt.capture import BackwardCapture, device_of, squared_norms
+from noiseopt.capture import BackwardCapture, device_of, settled, squared_norms
 from noiseopt.distributed import Ranks
 from noiseopt.loop_checks import LoopChecks
 from noiseopt.optim.ended import Ended
@@ -34,7 +34,11 @@ class ExternalWindows:
         self._checks = LoopChecks(ranks)
         told = weakref.proxy(adaptation)  # the hooks, which the parameters hold, keep nothing alive
         self.capture = BackwardCapture(
-            groups, lambda: told.steps, self._share, lambda: told.measures
+            groups,
+            lambda: told.steps,
+            self._share,
+            lambda: told.measures,
+            lambda totals: told.summed_parts(totals),
         )
         self.loss_scale: float | Tensor | None = None
 
@@ -46,9 +50,9 @@ class ExternalWindows:
         steps = len(self.capture)
         samples = self._adaptation.samples.take_window(self.capture.num_skipped + steps)
         measured = self.capture.close(groups, samples, scale)
-        grads = [grad for p in (p for g in groups for p in g) if (grad := p.grad) is not None]
+        grads = [settled(g) for params in groups for p in params if (g := p.grad) is not None]
         applied = squared_norms([grads], self._device, self._share)
         extra = None if self._share is None else applied
         rates = self._adaptation.rates(steps)
         row = self._adaptation.agree(measured, extra, extra is not None, rates)
-        return Ended(row, applied[0].sqrt(), None, steps)
+        return Ended(row, applied[0].sqrt(), None, steps, steps)

@@ -40,6 +40,16 @@ def overridden(groups: Sequence[Group], values: Sequence[Group]) -> Iterator[Non
             group.update(old)
 
 
+def settings_of(groups: Sequence[Group]) -> dict[str, object]:
+    """The groups' hyper-parameters, as far as looking at them waits for no device."""
+    return {
+        f"{name} of group {index}": float(value) if isinstance(value, Tensor) else value
+        for index, group in enumerate(groups)
+        for name, value in group.items()
+        if isinstance(value, int | float | tuple) or (isinstance(value, Tensor) and value.is_cpu)
+    }
+
+
 def has_moments(optimizer_class: type[Optimizer]) -> bool:
     """Whether its betas are the decays of Adam's two moments."""
     return issubclass(optimizer_class, (Adam, AdamW))
@@ -58,8 +68,10 @@ def start_numbers(optimizer: Optimizer, group: Group) -> dict[str, float]:
     """
     if not has_moments(type(optimizer)):
         return {}
-    steps = [optimizer.state[p]["step"] for p in group["params"] if p in optimizer.state]
-    return numbers_after(int(max(map(float, steps), default=0.0)))
+    # Looking at what a parameter has none of yet leaves an empty state there.
+    states = [optimizer.state.get(param, {}) for param in group["params"]]
+    steps = [float(state["step"]) for state in states if "step" in state]
+    return numbers_after(int(max(steps, default=0.0)))
 
 
 def numbers_after(num_updates: int) -> dict[str, float]:

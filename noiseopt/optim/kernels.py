@@ -19,35 +19,39 @@ def prefer_fused(optimizer: Optimizer) -> bool:
     """Let torch use its fused kernel, if it can and the user chose none.
 
     Not for an optimizer that has a state, whose step counts may not be where that kernel reads
-    them; nor for SGD over DTensors, for which torch has none.
+    them.
 
     Returns:
         Whether it now does.
     """
     groups = optimizer.param_groups
-    chosen = any(
-        group.get("fused", False) is not None or group.get("foreach") is not None
-        for group in groups
-    )
-    params = [param for group in groups for param in group["params"]]
-    has_one = isinstance(optimizer, Adam | AdamW) or (
-        isinstance(optimizer, SGD) and not any(map(is_sharded, params))
-    )
-    if chosen or optimizer.state or not has_one:
+    if optimizer.state or not all(_takes_fused(optimizer, group) for group in groups):
         return False
-    if not all(param.device.type in FUSED_ON for param in params):
-        return False
-    if not _default_to_fused_or_foreach(params, False, use_fused=True)[0]:
-        return False
-    _set_fused(optimizer, True)
+    for group in groups:
+        group["fused"] = True
     return True
 
 
-def give_up_fused_if_sparse(optimizer: Optimizer) -> None:
-    """Leave the choice to torch again where gradients are sparse, which no fused kernel takes."""
-    grads = (param.grad for group in optimizer.param_groups for param in group["params"])
-    if any(grad is not None and grad.layout != torch.strided for grad in grads):
-        _set_fused(optimizer, None)
+def prefer_fused_in(optimizer: Optimizer, group: dict[str, Any]) -> None:
+    """Let torch use its fused kernel in a new group too, if it can and the user chose none."""
+    if _takes_fused(optimizer, group):
+        group["fused"] = True
+
+
+def give_up_fused(optimizer: Optimizer) -> None:
+    """Leave the choice to torch again in groups for whose gradients it has no fused kernel.
+
+    It has none for sparse ones, and for SGD's momentum none where some begins after the others.
+    """
+    for group in optimizer.param_groups if isinstance(optimizer, SGD) else ():
+        trained = [param for param in group["params"] if param.grad is not None]
+        if any(param.grad.layout != torch.strided for param in trained):
+            group["fused"] = None
+        elif group["momentum"]:
+            states = [optimizer.state.get(param, {}) for param in trained]
+            begun = [state.get("momentum_buffer") is not None for state in states]
+            if any(begun) and not all(begun):
+                group["fused"] = None
 
 
 def keep_fused(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -70,7 +74,13 @@ def _keeps_fused(group: dict[str, Any], saved: dict[str, Any]) -> bool:
     return bool(group.get("fused")) and there and silent
 
 
-def _set_fused(optimizer: Optimizer, fused: bool | None) -> None:
-    optimizer.defaults["fused"] = fused
-    for group in optimizer.param_groups:
-        group["fused"] = fused
+def _takes_fused(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    """Whether torch has a fused kernel for a group: for SGD over DTensors it has none."""
+    params = group["params"]
+    has_one = isinstance(optimizer, Adam | AdamW) or (
+        isinstance(optimizer, SGD) and not any(map(is_sharded, params))
+    )
+    chosen = group.get("fused", False) is not None or group.get("foreach") is not None
+    if chosen or not has_one or not all(param.device.type in FUSED_ON for param in params):
+        return False
+    return bool(_default_to_fused_or_foreach(params, False, use_fused=True)[0])

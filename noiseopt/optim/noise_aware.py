@@ -22,8 +22,8 @@ from noiseopt.control import NoiseConfig, group_names
 from noiseopt.optim.checks import check_group, check_step
 from noiseopt.optim.collector import GradientCollector
 from noiseopt.optim.ended import Ended
-from noiseopt.optim.hyper import decouples_weight_decay
-from noiseopt.optim.kernels import give_up_fused_if_sparse, prefer_fused
+from noiseopt.optim.hyper import decouples_weight_decay, settings_of
+from noiseopt.optim.kernels import give_up_fused, prefer_fused
 from noiseopt.optim.saving import SavesNoise
 from noiseopt.optim.unsure import UnsureUpdates
 from noiseopt.optim.update import AppliesMeans
@@ -79,7 +79,8 @@ class NoiseAware(AppliesMeans):
             return
         for group in self.param_groups:
             check_group(group)
-        self._chose_fused = self.config.mode == "auto" and prefer_fused(self)
+        acts = self.config.mode == "auto"
+        self._chose_fused = acts and (self._chose_fused or prefer_fused(self))
         # torch's fused optimizers offer to unscale and skip by themselves; a window cannot let
         # them, since the loss scale may change inside it. GradScaler then does it before step().
         self._step_supports_amp_scaling = False
@@ -90,7 +91,7 @@ class NoiseAware(AppliesMeans):
         self._adaptation = Adaptation(
             self.config, self.rate_rule, group_names(self.param_groups), ranks
         )
-        self._adaptation.settings = self._settings
+        self._adaptation.settings = lambda: settings_of(self.param_groups)
         self._unsure = UnsureUpdates(self.config.min_beta2)
         self._collector = GradientCollector(self.config, ranks, groups, self._adaptation)
         self._restore()
@@ -119,7 +120,7 @@ class NoiseAware(AppliesMeans):
             ValueError: it would not be shorter, or has had more already.
         """
         if self._adaptation:
-            self._adaptation.shorten(steps, len(self._collector))
+            self._adaptation.shorten(steps, self._collector.taken())
 
     @contextmanager
     def accumulate(self, model: torch.nn.Module) -> Iterator[None]:
@@ -175,6 +176,7 @@ class NoiseAware(AppliesMeans):
         self._count_unstepped(self._adaptation)
         if self.config.gradients == "local" and not self._logged:
             self._start(self._adaptation)
+        self._adaptation.losses.forget()  # of a micro-batch whose step a GradScaler has skipped
         windows = 0
         with torch.no_grad():
             for ended in self._collector.flush(self._all_params()):
@@ -227,6 +229,8 @@ class NoiseAware(AppliesMeans):
         """Apply the mean that `p.grad` holds, and close the window."""
         assert self._adaptation is not None
         self._applied = False
+        if self._chose_fused:
+            give_up_fused(self)
         try:
             self._applied, clipped = self._apply(ended)
         finally:
@@ -254,22 +258,10 @@ class NoiseAware(AppliesMeans):
         zero = all(not local(grad).any() for grad in self._all_grads())
         return self._collector.agreed(zero and len(self._collector) == 0)
 
-    def _settings(self) -> dict[str, object]:
-        """The groups' hyper-parameters, as far as looking at them waits for no device."""
-        return {
-            f"{name} of group {index}": float(value) if isinstance(value, Tensor) else value
-            for index, group in enumerate(self.param_groups)
-            for name, value in group.items()
-            if isinstance(value, int | float | tuple)
-            or (isinstance(value, Tensor) and value.is_cpu)
-        }
-
     def _user_lr(self) -> float:
         return max(float(group["lr"]) for group in self.param_groups)
 
     def _start(self, adaptation: Adaptation) -> None:
-        if self._chose_fused:
-            give_up_fused_if_sparse(self)
         groups = self._all_params()
         adaptation.start(groups, self._process_group)
         self._logged = True

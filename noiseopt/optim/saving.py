@@ -17,7 +17,7 @@ from noiseopt.control import NoiseConfig, group_names
 from noiseopt.optim.checks import check_group, check_state
 from noiseopt.optim.collector import GradientCollector
 from noiseopt.optim.hyper import UPDATES, start_numbers
-from noiseopt.optim.kernels import keep_fused
+from noiseopt.optim.kernels import keep_fused, prefer_fused_in
 from noiseopt.optim.unsure import UnsureUpdates
 from noiseopt.parallel import ranks_of
 from noiseopt.readings import NoiseReadings
@@ -32,6 +32,7 @@ class SavesNoise(NoiseReadings, Optimizer):
     _collector: GradientCollector
     _unsure: UnsureUpdates
     _logged = False
+    _chose_fused = False
     _warned_of_open_window = False
 
     def _begin(self) -> None:
@@ -52,6 +53,8 @@ class SavesNoise(NoiseReadings, Optimizer):
                     "the new group's gradients are averaged over other ranks than those of the "
                     "optimizer's other parameters: give them an optimizer of their own"
                 )
+            if self._chose_fused:
+                prefer_fused_in(self, group)
             self._adaptation.set_groups(group_names(self.param_groups))
             self._start_numbers(group)
             self._collector.add_group(group["params"])
@@ -133,7 +136,11 @@ class SavesNoise(NoiseReadings, Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._publish()
-        own = {"config": self.config, "had_process_group": self._process_group is not None}
+        own = {
+            "config": self.config,
+            "had_process_group": self._process_group is not None,
+            "_chose_fused": self._chose_fused,
+        }
         return super().__getstate__() | own
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

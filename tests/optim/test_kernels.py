@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from noiseopt import NoiseAwareAdam, NoiseAwareAdamW, NoiseAwareSGD, noise_aware
-from tests.optim.helpers import build, draw, fixed, params_of, same_bits, train
+from tests.optim.helpers import build, difference, draw, fixed, params_of, same_bits, train
 
 
 @pytest.fixture(autouse=True)
@@ -82,3 +82,54 @@ def test_a_state_that_chose_another_kernel_is_followed():
     optimizer = NoiseAwareAdamW(model.parameters(), lr=0.1)
     optimizer.load_state_dict(chosen.state_dict())
     assert (fused_of(optimizer), optimizer.param_groups[0]["foreach"]) == (None, True)
+
+
+def test_sparse_gradients_that_come_later_leave_it():
+    def trained(**kwargs):
+        torch.manual_seed(0)
+        table = nn.Embedding(6, 3, sparse=True)
+        start = nn.Parameter(torch.ones(3))
+        optimizer = NoiseAwareSGD([*table.parameters(), start], lr=0.1, noise=fixed(2), **kwargs)
+        for index in range(8):
+            out = start + (table(torch.tensor(index % 6)) if index >= 4 else 0.0)
+            out.square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [start.detach(), table.weight.detach()], fused_of(optimizer)
+
+    (chosen, fused), (plain, _) = trained(), trained(foreach=False)
+    assert fused is None
+    assert same_bits(chosen, plain)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_momentum_that_begins_later_leaves_it(copied):
+    """A branch that is thawed or first used in mid-run; torch's fused kernel fails there."""
+
+    def trained(ours, **kwargs):
+        model = build()
+        late = model[2].bias.requires_grad_(False)
+        optimizer = ours(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5, **kwargs)
+        train(model, optimizer, draw(3))
+        if copied:
+            model, optimizer = copy.deepcopy((model, optimizer))
+            late = model[2].bias
+        late.requires_grad_(True)
+        train(model, optimizer, draw(3, seed=2))
+        return model, optimizer
+
+    model, optimizer = trained(NoiseAwareSGD, noise=fixed())
+    plain, _ = trained(torch.optim.SGD, foreach=False)
+    assert fused_of(optimizer) is None
+    assert difference(model, plain) < 1e-12
+
+
+def test_a_new_group_is_looked_at_on_its_own():
+    ours = NoiseAwareAdamW(build().parameters(), lr=0.1, noise=fixed())
+    ours.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    waves = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    ours.add_param_group({"params": [waves]})
+    assert [group["fused"] for group in ours.param_groups] == [True, True, None]
+    waves.abs().sum().backward()
+    ours.step()
+    assert ours.applied

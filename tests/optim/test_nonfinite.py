@@ -1,6 +1,7 @@
 """A micro-batch that is not finite: out of the parameters, out of the statistics, in the count."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -247,3 +248,52 @@ def test_a_run_that_stands_still_says_so_once_each_time(kernel, caplog):
     assert optimizer.num_updates == 30
     take(model, optimizer, batches[30:31] + bad[:40])
     assert len(warnings()) == 2
+
+
+def test_a_window_is_rated_as_what_is_left_of_it():
+    """One gradient of four does not get the learning rate of four."""
+    model = build()
+    optimizer = NoiseAwareSGD(model.parameters(), lr=0.1, noise=fixed(4))
+    controller = optimizer._adaptation._controller
+    # As after growth from windows of one, at a noise scale far above them.
+    state = replace(controller.state, noise_ratio=math.inf, reference_steps=1.0)
+    optimizer._adaptation._controller = controller.at(state)
+    batches, before = draw(4), params_of(model)
+    loss_of(model, batches[0]).backward()
+    grads = [param.grad.clone() for param in model.parameters()]
+    model.zero_grad()
+    take(model, optimizer, [batches[0], *(spoilt(batch, math.nan) for batch in batches[1:])])
+    assert optimizer._adaptation.rates(4).lr == 4
+    expected = [old - 0.1 * grad for old, grad in zip(before, grads, strict=True)]
+    torch.testing.assert_close(params_of(model), expected)
+
+
+def test_a_window_that_is_skipped_leaves_the_loops_gradients_alone():
+    """Kept as zeros, those of an idle parameter go on to decay it, as in torch."""
+
+    def trained(optimizer_class, **kwargs):
+        used, idle = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+        idle.grad = torch.zeros(2)
+        optimizer = optimizer_class([used, idle], lr=0.1, weight_decay=0.1, **kwargs)
+        for factor in (1.0, math.nan, 1.0) if kwargs else (1.0, 1.0):
+            for _ in range(2 if kwargs else 1):
+                (used.sum() * factor).backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=False)
+        return idle
+
+    ours = trained(NoiseAwareAdamW, noise=fixed(2))
+    torch.testing.assert_close(ours, trained(torch.optim.AdamW))
+
+
+def test_the_loss_of_a_step_that_a_scaler_skipped_is_in_no_window():
+    model = build(torch.float32)
+    optimizer = NoiseAwareAdamW(model.parameters(), noise=fixed(4, decision_interval=1))
+    for value in (1.0, 2.0):
+        loss_of(model, draw(1, dtype=torch.float32)[0]).backward()
+        optimizer.report_loss(value)
+        optimizer.step()
+    optimizer.report_loss(math.inf)  # whose step does not come
+    optimizer.flush()
+    (window,) = optimizer.decision.windows
+    assert (window.loss_sum, window.loss_count) == (3.0, 2)

@@ -400,3 +400,36 @@ def test_a_default_device_that_is_not_the_parameters_own_is_left_alone(steps, fu
     (model, optimizer), (other, expected) = run("meta"), run("cpu")
     assert difference(model, other) == 0
     assert optimizer.decision == expected.decision
+
+
+def test_looking_at_the_state_of_an_idle_parameter_breaks_nothing():
+    """`optimizer.state` makes an empty one of it; torch passes that over."""
+    model, idle = build(), nn.Linear(2, 2)
+    params = [*model.parameters(), *idle.parameters()]
+    optimizer = NoiseAwareAdamW(params)
+    train(model, optimizer, draw(2))
+    assert optimizer.state[idle.weight] == {}
+    resumed = copy.deepcopy(optimizer)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.num_updates == 2
+
+
+@pytest.mark.parametrize("kinds", ["sd", "ds", "sds", "dsd", "ddss"])
+def test_a_gradient_may_be_sparse_in_one_micro_batch_and_dense_in_another(kinds):
+    def gradient(param, kind, index):
+        rows = torch.tensor([index % 3, 1])
+        (nn.functional.embedding(rows, param, sparse=kind == "s").square().sum()).backward()
+
+    ours, plain = (nn.Parameter(torch.arange(6.0).reshape(3, 2)) for _ in range(2))
+    optimizer = NoiseAwareSGD([ours], lr=0.1, noise=fixed(len(kinds)))
+    reference = torch.optim.SGD([plain], lr=0.1)
+    for _ in range(2):
+        for index, kind in enumerate(kinds):
+            gradient(ours, kind, index)
+            optimizer.step()
+            optimizer.zero_grad()
+            gradient(plain, "d", index)
+        plain.grad /= len(kinds)
+        reference.step()
+        reference.zero_grad()
+    torch.testing.assert_close(ours, plain)
