@@ -11,7 +11,6 @@ from noiseopt.capture.row import APPLIED as APPLIED
 from noiseopt.capture.row import ENDED as ENDED
 from noiseopt.capture.row import SECONDS as SECONDS
 from noiseopt.capture.row import STEPS as STEPS
-from noiseopt.capture.row import USED as USED
 from noiseopt.capture.row import WEIGHT as WEIGHT
 from noiseopt.capture.row import Measured as Measured
 from noiseopt.capture.row import Row as Row

@@ -19,7 +19,7 @@ from noiseopt.control import Window
 from noiseopt.estimate import WindowNorms
 
 TAIL = 12
-WEIGHT, USED, STEPS, SECONDS, APPLIED, CLIPPED = -12, -9, -7, -3, -2, -1
+WEIGHT, STEPS, SECONDS, APPLIED, CLIPPED = -12, -7, -3, -2, -1
 ENDED = APPLIED  # from there on, how the window ended
 
 Row = Tensor | list[float]  # plain numbers on the CPU

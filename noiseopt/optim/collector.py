@@ -298,27 +298,21 @@ class GradientCollector:
 
     def _end(self, measured: Measured) -> Ended:
         """End a window whose mean over ranks `p.grad` holds, or this rank's shard of it."""
-        steps, used, self._has_averaged = len(self._window), _used(measured), True
+        steps, self._has_averaged = len(self._window), True
         takes_sums = self._of_sums or self._share is not None
         row = self._adaptation.agree(measured, at_once=takes_sums)
         if not takes_sums:
-            return Ended(row, measured.norm, measured.scale, steps, used)
+            return Ended(row, measured.norm, measured.scale, steps)
         row, scale = as_tensor(row), measured.scale
         if self._of_sums:
             scale = self._ranks.data / row[WEIGHT]
             big_columns(row).mul_(scale.square())
-        return Ended(row, norm_of_mean(row), scale, steps, used)
+        return Ended(row, norm_of_mean(row), scale, steps)
 
     def _reduce(self, groups: Groups, flushing: bool) -> tuple[Ended, bool]:
-        row, steps, used, done = reduce_window(self._window, groups, self._adaptation, flushing)
+        row, steps, done = reduce_window(self._window, groups, self._adaptation, flushing)
         sync_buffers(self._adaptation.ddp_around(groups), groups)
-        return Ended(row, norm_of_mean(row), None, steps, used), done
-
-
-def _used(measured: Measured) -> int:
-    """The micro-batches that are in the mean, at least 1; all where only the device knows."""
-    weights = measured.weights
-    return len(weights) if isinstance(weights, Tensor) else sum(w > 0 for w in weights) or 1
+        return Ended(row, norm_of_mean(row), None, steps), done
 
 
 def _is_zero(grad: Tensor) -> bool:

@@ -18,11 +18,9 @@ class Ended:
         norm: the norm of the mean; nan or inf where nothing of it may be applied.
         scale: a factor; None for 1.
         steps: its micro-batches on each rank.
-        used: those of them that are in the mean, at least 1, as far as the host knows.
     """
 
     row: Row
     norm: Tensor | float
     scale: Tensor | float | None
     steps: int
-    used: int

@@ -55,4 +55,4 @@ class ExternalWindows:
         extra = None if self._share is None else applied
         rates = self._adaptation.rates(steps)
         row = self._adaptation.agree(measured, extra, extra is not None, rates)
-        return Ended(row, applied[0].sqrt(), None, steps, steps)
+        return Ended(row, applied[0].sqrt(), None, steps)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from noiseopt.adaptation import Adaptation
 from noiseopt.capture import (
     STEPS,
-    USED,
     WEIGHT,
     GradientWindow,
     as_tensor,
@@ -34,7 +33,7 @@ Groups = Sequence[Sequence[Tensor]]
 
 def reduce_window(
     window: GradientWindow, groups: Groups, adaptation: Adaptation, flushing: bool
-) -> tuple[Tensor, int, int, bool]:
+) -> tuple[Tensor, int, bool]:
     """End a window of every rank's own gradients, leaving the mean over all in `p.grad`.
 
     Which of them there are on any rank is read before they are summed: on an accelerator this waits
@@ -47,8 +46,7 @@ def reduce_window(
         flushing: whether this rank has no more micro-batches to come.
 
     Returns:
-        The window's row, its micro-batches on each rank, those of them that are in the mean (at
-        least 1), and whether no rank has more to come.
+        The window's row, its micro-batches on each rank, and whether no rank has more to come.
 
     Raises:
         RuntimeError: a gradient is sparse, or a rank does not take part.
@@ -80,8 +78,7 @@ def reduce_window(
     grads = [[grad for p in group if (grad := p.grad) is not None] for group in groups]
     big_columns(row).copy_(squared_norms(grads, row.device) + 0 / row[WEIGHT])
     ranks = adaptation.ranks
-    steps, used = (math.ceil(numbers[column] / ranks.data) for column in (STEPS, USED))
-    return row, steps, max(used, 1), round(done) == ranks.all
+    return row, math.ceil(numbers[STEPS] / ranks.data), round(done) == ranks.all
 
 
 def _sum_of(param: Tensor, sums: Mapping[Tensor, Tensor], dtype: torch.dtype) -> Tensor:

@@ -38,12 +38,12 @@ class AppliesMeans(SavesNoise):
             # Others cannot skip by themselves: this reads the norm.
             elif not math.isfinite(norm):
                 return False, False
-        self._update(ended.used, factor, found_inf)
+        self._update(ended.steps, factor, found_inf)
         return (~found_inf if isinstance(found_inf, Tensor) else True), clipped
 
-    def _update(self, used: int, factor: Tensor | float | None, found_inf: Tensor | bool) -> None:
+    def _update(self, steps: int, factor: Tensor | float | None, found_inf: Tensor | bool) -> None:
         assert self._adaptation is not None
-        rates = self._adaptation.rates(used)
+        rates = self._adaptation.rates(steps)
         groups = self.param_groups
         numbers = [dict(each) for each in self._numbers()]
         values = [

@@ -1,7 +1,6 @@
 """A micro-batch that is not finite: out of the parameters, out of the statistics, in the count."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -248,24 +247,6 @@ def test_a_run_that_stands_still_says_so_once_each_time(kernel, caplog):
     assert optimizer.num_updates == 30
     take(model, optimizer, batches[30:31] + bad[:40])
     assert len(warnings()) == 2
-
-
-def test_a_window_is_rated_as_what_is_left_of_it():
-    """One gradient of four does not get the learning rate of four."""
-    model = build()
-    optimizer = NoiseAwareSGD(model.parameters(), lr=0.1, noise=fixed(4))
-    controller = optimizer._adaptation._controller
-    # As after growth from windows of one, at a noise scale far above them.
-    state = replace(controller.state, noise_ratio=math.inf, reference_steps=1.0)
-    optimizer._adaptation._controller = controller.at(state)
-    batches, before = draw(4), params_of(model)
-    loss_of(model, batches[0]).backward()
-    grads = [param.grad.clone() for param in model.parameters()]
-    model.zero_grad()
-    take(model, optimizer, [batches[0], *(spoilt(batch, math.nan) for batch in batches[1:])])
-    assert optimizer._adaptation.rates(4).lr == 4
-    expected = [old - 0.1 * grad for old, grad in zip(before, grads, strict=True)]
-    torch.testing.assert_close(params_of(model), expected)
 
 
 def test_a_window_that_is_skipped_leaves_the_loops_gradients_alone():
