@@ -260,11 +260,20 @@ class Adaptation(Decides):
         self._begin()
 
     def keep_window(self, steps: int) -> None:
-        """Decide on windows of that length only, where someone else makes them."""
+        """Decide on windows of that length only, where someone else makes them.
+
+        In a run's first window: it is also what the user's rates were chosen for.
+        """
         self.config = replace(
-            self.config, min_accumulation_steps=steps, max_accumulation_steps=steps
+            self.config,
+            accumulation_steps=steps,
+            min_accumulation_steps=steps,
+            max_accumulation_steps=steps,
         )
-        self._controller = replace(self._controller, config=self.config)
+        state = self._controller.state
+        if self._num_windows == 0:
+            state = replace(state, reference_steps=float(steps))
+        self._controller = replace(self._controller, config=self.config, state=state)
         self.set_window(steps)
 
     def _open_window(self) -> None:

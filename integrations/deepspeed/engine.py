@@ -63,6 +63,8 @@ class NoiseAwareEngine(DeepSpeedEngine):  # type: ignore[misc]
 
     def step(self, lr_kwargs: Any = None) -> None:
         """Take a micro-batch; at the window's end update, and open the next window."""
+        if self.noise_aware is not None:
+            self.noise_aware.begin_step()
         super().step(lr_kwargs)
         if self.noise_aware is not None:
             self.noise_aware.close_window()

@@ -33,12 +33,14 @@ class LeafNorms:
     def __init__(self, groups: Sequence[Sequence[Tensor]], device: torch.device) -> None:
         self._device = device
         self._num_groups = len(groups)
+        self._params = [param for params in groups for param in params]
         self._inside = self._reads = False
         self._arrived: dict[Tensor, tuple[int, Tensor]] = {}
         self.norms: list[Tensor] = []
         self.factors: list[Tensor] = []
         self.strays = self.unread = False
         self._hooks = Hooks()
+        self._readers: dict[Tensor, Any] = {}  # the hook on each
         self._unwatched = [(p, index) for index, params in enumerate(groups) for p in params]
         self._watch_unfrozen()
 
@@ -57,6 +59,8 @@ class LeafNorms:
         factors: list[Tensor] = []
         handle = loss.register_hook(lambda grad: factors.append(grad.detach()))
         self._watch_unfrozen()
+        if measured and not self.norms:
+            self._come_last()
         self._arrived.clear()
         self._inside, self._reads = True, measured
         try:
@@ -71,6 +75,10 @@ class LeafNorms:
         self.factors.append(moved(factors[0], norms.device, norms.dtype))
         self._arrived.clear()
 
+    def held(self) -> int:
+        """How many parameters hold a gradient."""
+        return sum(param.grad is not None for param in self._params)
+
     def clear(self) -> None:
         """Start the next window."""
         self.norms, self.factors = [], []
@@ -83,6 +91,7 @@ class LeafNorms:
     def detach(self) -> None:
         """Remove the hooks."""
         self._hooks.remove()
+        self._readers.clear()
 
     def _watch_unfrozen(self) -> None:
         """Watch what was frozen until now; ZeRO leaves what is frozen at first as it is."""
@@ -91,11 +100,22 @@ class LeafNorms:
                 self._hooks.add(partial(self._hook, param, group))
         self._unwatched = [pair for pair in self._unwatched if not pair[0].requires_grad]
 
+    def _come_last(self) -> None:
+        """Stand behind hooks of the user's that came since, to read what they make of gradients."""
+        if not all(self._is_last(param) for param in self._params if param.requires_grad):
+            self._hooks.stand(False)
+            self._hooks.stand(True)
+
+    def _is_last(self, param: Tensor) -> bool:
+        own = self._readers.get(param)
+        return own is not None and next(reversed(param._backward_hooks or {}), None) == own.id
+
     def _hook(self, param: Any, group: int) -> Sequence[Any]:
-        return (
-            param.register_hook(self._reader(param, group)),
-            param.register_post_accumulate_grad_hook(self._confirm),
-        )
+        self._readers.pop(param, None)
+        if not param.requires_grad:  # any more, and autograd takes no hook
+            return ()
+        self._readers[param] = param.register_hook(self._reader(param, group))
+        return self._readers[param], param.register_post_accumulate_grad_hook(self._confirm)
 
     def _reader(self, param: Tensor, group: int) -> Callable[[Tensor], None]:
         def read(grad: Tensor) -> None:

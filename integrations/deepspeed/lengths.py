@@ -33,6 +33,9 @@ class WindowLengths:
         self._engine, self._adaptation, self._control = engine, adaptation, control
         self._leaves, self._loop = leaves, loop
         self._configured = adaptation.config.accumulation_steps
+        self._usual = self._configured  # the length, where someone else makes windows
+        self._left = False  # whether the loop does
+        self._awaits_first = False  # whether its next window shows how long it makes them
         self._shortened = False
 
     def open(self) -> None:
@@ -50,8 +53,9 @@ class WindowLengths:
     def go_on(self) -> None:
         """Open a window after a state was loaded, which may say another length than the engine."""
         self._engine.micro_steps = 0
-        if not self._control.makes_windows and self._adaptation.steps != self._configured:
-            self._adaptation.set_window(self._configured)
+        self._awaits_first = self._left
+        if not self._control.makes_windows and self._adaptation.steps != self._usual:
+            self._adaptation.set_window(self._usual)
         self.open()
 
     def shorten(self, steps: int) -> None:
@@ -93,7 +97,7 @@ class WindowLengths:
                 f"{why}: the loop says where windows end, after the engine had made them {steps} "
                 "micro-batches long: do so from the first one on"
             )
-        self._control.loop_ends_windows = True
+        self._control.loop_ends_windows = self._left = self._awaits_first = True
         if steps != self._configured:
             self._control.set_window(self._configured)
         self._adaptation.keep_window(self._configured)
@@ -103,11 +107,19 @@ class WindowLengths:
             "learning rate and clipping adapt",
         )
 
-    def micro_batches(self, row: Row) -> int:
-        """Those of a window, the same on all ranks, however many backwards each has had in it."""
-        if self._control.loop_ends_windows:
-            return math.ceil(float(row[STEPS]) / self._adaptation.ranks.data)
-        return int(self._engine.gradient_accumulation_steps())
+    def close(self, row: Row) -> int:
+        """Take a window's end; the first that the loop ends shows how long it makes them.
+
+        Returns:
+            Its micro-batches, the same on all ranks, however many backwards each has had in it.
+        """
+        if not self._control.loop_ends_windows:
+            return int(self._engine.gradient_accumulation_steps())
+        steps = math.ceil(float(row[STEPS]) / self._adaptation.ranks.data)
+        if self._awaits_first:
+            self._awaits_first, self._usual = False, steps
+            self._adaptation.keep_window(steps)
+        return steps
 
     def tell_of_rest(self) -> None:
         """Warn of an open window that is left behind for good."""

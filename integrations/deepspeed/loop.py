@@ -4,8 +4,6 @@ Mistakes that DeepSpeed passes over in silence are raised or warned of here, eac
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from noiseopt.integrations.deepspeed.control import EngineControl
@@ -27,27 +25,28 @@ class LoopWatch:
 
     def __init__(self, engine: Any, leaves: LeafNorms, control: EngineControl) -> None:
         self._engine, self._leaves, self._control = engine, leaves, control
-        self._began_at = 0  # the engine's micro_steps when the window was opened
-        self._updates = False
         self._told: set[str] = set()
+        self.begin_window()
 
     def begin_window(self) -> None:
         """Count calls from here."""
-        self._began_at = int(self._engine.micro_steps)
+        self._calls = 0  # of engine.step
+        self._stepped = 0  # backward passes before the last of them, which left their gradients
+        self._held = 0  # parameters with a gradient then
+        self._lost = False  # whether one of those went
 
-    @contextmanager
-    def updating(self) -> Iterator[None]:
+    def begin_step(self) -> None:
+        """Count a call of `engine.step`, which is to come."""
+        self._calls += 1
+        self._stepped, self._held = len(self._leaves), self._leaves.held()
+
+    def begin_backward(self) -> None:
+        """See whether what the window's last step left is still there."""
+        self._lost |= self._held > 0 and self._leaves.held() < self._held
+
+    def begin_update(self) -> None:
         """Let gradients go, as the engine's update has it."""
-        self._updates = True
-        try:
-            yield
-        finally:
-            self._updates = False
-
-    @property
-    def _calls(self) -> int:
-        """How often `engine.step` was called in the window, at its last call."""
-        return int(self._engine.micro_steps) - self._began_at + 1
+        self._stepped = self._held = 0
 
     def check_passes(self, passes: int) -> None:
         """Refuse a window of which DeepSpeed has lost a part.
@@ -70,10 +69,8 @@ class LoopWatch:
 
         A gradient whose step has not come yet is the loop's, which may throw it away.
         """
-        calls = int(self._engine.micro_steps) - self._began_at
-        if self._updates or self._control.loop_ends_windows:
-            return False
-        if not 0 < len(self._leaves) == calls:
+        holds = 0 < self._stepped == len(self._leaves)
+        if self._control.loop_ends_windows or not holds:
             return False
         self._tell_here(
             "zero_grad",
@@ -85,6 +82,14 @@ class LoopWatch:
 
     def shows_each(self, passes: int) -> bool:
         """Whether each micro-batch was read, in one backward of its own; tells why not."""
+        if self._lost:
+            self._tell_here(
+                "lost",
+                "gradients were thrown away inside a window, as by param.grad = None: its update "
+                "lacks its earlier micro-batches, and such windows are not measured; leave it out, "
+                "DeepSpeed clears gradients after each update",
+            )
+            return False
         if self._leaves.strays:
             self._tell_here(
                 "strays",

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from noiseopt.adaptation import Adaptation
-from noiseopt.capture import Row, end_row
+from noiseopt.capture import STEPS, Row, end_row
 from noiseopt.control import Decision, NoiseConfig, group_names, metrics
 from noiseopt.deciding import Number
 from noiseopt.distributed import Ranks, digest
+from noiseopt.integrations.deepspeed.clearing import ClearingGuard
 from noiseopt.integrations.deepspeed.control import EngineControl
 from noiseopt.integrations.deepspeed.leaves import LeafNorms
 from noiseopt.integrations.deepspeed.lengths import WindowLengths
@@ -66,7 +67,7 @@ class EngineNoise(NoiseReadings):
             engine, self._adaptation, self._control, self._leaves, self._loop
         )
         self._ended: tuple[Row, float] | None = None  # a window's row, and the user's rate in it
-        _guard(engine.optimizer, self.keeps_gradients)
+        self._guard = ClearingGuard(engine, self.keeps_gradients)
         self._started = self.tells_samples = False
         self._warned_of_open_window = False
         if engine.monitor.enabled:
@@ -119,7 +120,7 @@ class EngineNoise(NoiseReadings):
         """Stop measuring: remove every hook."""
         self._lengths.tell_of_rest()
         self._leaves.detach()
-        vars(self._engine.optimizer).pop("zero_grad", None)
+        self._guard.remove()
 
     def shorten_window(self, steps: int) -> None:
         """Say before its first micro-batch that the open window ends early, at the end of the data.
@@ -144,6 +145,7 @@ class EngineNoise(NoiseReadings):
             loss: the loss.
             divided: whether the loop has divided it by the window's length.
         """
+        self._loop.begin_backward()
         with self._leaves.reading(loss, self._adaptation.measures):
             yield
         parts = self._engine.gradient_accumulation_steps() if divided else 1
@@ -168,6 +170,10 @@ class EngineNoise(NoiseReadings):
         """
         self._lengths.leave_to_loop(why, begun=self._started or self.taken > 0)
 
+    def begin_step(self) -> None:
+        """See that the loop calls `engine.step`."""
+        self._loop.begin_step()
+
     @contextmanager
     def update(self, lr_kwargs: Mapping[str, Any]) -> Iterator[None]:
         """Measure before the engine's update, lend it the rates, and close the window after it.
@@ -178,24 +184,20 @@ class EngineNoise(NoiseReadings):
         Raises:
             RuntimeError: ranks disagree, or the engine has lost micro-batches.
         """
-        with self._loop.updating(), self._measured_update(len(self._leaves), lr_kwargs):
-            yield
-
-    @contextmanager
-    def _measured_update(self, passes: int, lr_kwargs: Mapping[str, Any]) -> Iterator[None]:
-        if passes == 0:
-            self._loop.shows_each(passes)  # which tells why there is nothing to measure
-            self._adaptation.samples.forget()
-            self._leaves.clear()
-            yield
-            return
+        passes = len(self._leaves)
+        self._loop.begin_update()
         self._loop.check_passes(passes)
         if not self._started:
             self._start()
         lends = self._adaptation.acts and self._wrapper.takes_norm
         at_once = (lends and self._wrapper.sharded) or self._control.loop_ends_windows
         row, norm = self._window.agree(passes, at_once)
-        steps = self._lengths.micro_batches(row)
+        if passes == 0 and row[STEPS] == 0:  # nor has any other rank had a backward
+            self._leaves.clear()
+            self._loop.begin_window()
+            yield
+            return
+        steps = self._lengths.close(row)
         lr, rates = self._user_lr(), self._adaptation.rates(steps)
         lent_norm = self._wrapper.lent_norm(norm) if lends else nullcontext()
         with self._control.lent(rates, steps, lr_kwargs), self._window.withheld(norm), lent_norm:
@@ -293,17 +295,6 @@ class EngineNoise(NoiseReadings):
         acts = self._adaptation.acts
         self._control.set_max_norm(self._adaptation.max_norm if acts else self.config.max_norm)
         self._lengths.go_on()
-
-
-def _guard(optimizer: Any, keeps_gradients: Callable[[], bool]) -> None:
-    """Have an optimizer's `zero_grad` do nothing where gradients are to stay."""
-    clear = optimizer.zero_grad
-
-    def zero_grad(*args: Any, **kwargs: Any) -> None:
-        if not keeps_gradients():
-            clear(*args, **kwargs)
-
-    optimizer.zero_grad = zero_grad
 
 
 def _shape(param: Any) -> tuple[int, ...]:

@@ -67,6 +67,11 @@ def _on_nvme(part: str) -> Callable[[Any], bool]:
     return applies
 
 
+def _splits_offload(config: Any) -> bool:
+    offload = config.zero_config.offload_optimizer
+    return offload is not None and device_of_offload(offload) != "none" and offload.ratio < 1
+
+
 def _keeps_overflow(config: Any) -> bool:
     bf16 = config.bfloat16_config
     return bool(bf16.enabled and not bf16.check_grad_overflow)
@@ -75,6 +80,10 @@ def _keeps_overflow(config: Any) -> bool:
 def _plans_samples(config: Any) -> bool:
     sampling = config.data_efficiency_config["data_sampling"]
     return bool(config.data_efficiency_enabled and sampling["enabled"])
+
+
+def _drops_tokens(config: Any) -> bool:
+    return bool(config.data_efficiency_config["data_routing"]["random_ltd"]["enabled"])
 
 
 def _is_fp16_without_zero(config: Any) -> bool:
@@ -120,6 +129,12 @@ REFUSALS = (
         for part in ("offload_optimizer", "offload_param")
     ),
     Refusal(
+        f"{_ZERO}.offload_optimizer.ratio",
+        _splits_offload,
+        "what is not offloaded has an optimizer of its own, which adapted rates do not reach; set "
+        "it to 1.0",
+    ),
+    Refusal(
         "optimizer.type",
         _is_onebit,
         "compressed communication biases the mean gradient's norm; use AdamW",
@@ -159,6 +174,11 @@ REFUSALS = (
         "data_efficiency.data_sampling",
         _plans_samples,
         "it plans its samples for a batch that does not change; leave one of the two out",
+    ),
+    Refusal(
+        "data_efficiency.data_routing.random_ltd",
+        _drops_tokens,
+        "its schedule counts updates, of which longer windows make fewer; leave one of the two out",
     ),
     Refusal("hybrid_engine", _said("hybrid_engine"), "the hybrid engine " + _NOT_YET),
     Refusal(

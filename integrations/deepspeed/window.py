@@ -40,9 +40,9 @@ class EngineWindow:
         """Make a window's row.
 
         Args:
-            passes: its backward passes.
+            passes: its backward passes. Without any the row is summed now, to see others'.
             at_once: whether the sums over ranks are needed now: the row's, and that of the norms of
-                the parts which ranks hold.
+                the parts which ranks hold. The same on all ranks.
 
         Returns:
             The row, and the norm of the mean, before it is clipped.
@@ -51,7 +51,7 @@ class EngineWindow:
         total = mean.sum(0, keepdim=True)
         measured = self._measured(passes, mean)
         parts = total if at_once and self._wrapper.sharded else None
-        row = self._adaptation.agree(measured, parts, at_once)
+        row = self._adaptation.agree(measured, parts, at_once or passes == 0)
         return row, total[0].sqrt()
 
     def withheld(self, norm: Tensor) -> AbstractContextManager[None]:
@@ -75,15 +75,23 @@ class EngineWindow:
             passes: its backward passes, each of a micro-batch.
             mean: of the mean gradient as it is applied, |.|^2 in each group.
         """
-        leaves = self._leaves
+        leaves, shows_each = self._leaves, self._loop.shows_each(passes)
+        if passes == 0:
+            return self._nothing(mean)
         factors = torch.stack(leaves.factors) / self._wrapper.loss_scale
         weights = factors / factors.sum()
         # A loop that ends a window early leaves fewer parts than the engine has divided by.
         share_sq = factors.sum().clamp(max=1.0).square()
         scale_sq = weights.square() * share_sq * self._wrapper.loss_scale**2
         small = torch.stack(leaves.norms) / scale_sq[:, None]
-        big = mean / share_sq if self._loop.shows_each(passes) else mean * torch.nan
+        big = mean / share_sq if shows_each else mean * torch.nan
         told = self._adaptation.samples.take_window(passes)
         samples = torch.stack([weights.new_full((), number) for number in told])
         seen = small.sum(1) if self._adaptation.measures else mean.sum()
         return Measured(small, big, samples, weights * seen.isfinite(), None)
+
+    def _nothing(self, mean: Tensor) -> Measured:
+        """What a rank without a backward adds to a window, of which the mean is not measured."""
+        self._adaptation.samples.forget()
+        none = mean.new_empty(0)
+        return Measured(mean.new_empty(0, len(mean)), mean * torch.nan, none, none, None)

@@ -185,6 +185,12 @@ class Stage3Wrapper(Wrapper):
         averaged = optimizer.averaged_gradients
         return self._by_group([averaged.get(index) for index in range(len(optimizer.fp16_groups))])
 
+    def moments(self) -> list[dict[str, float]]:
+        """The same of its groups, which hold their parameters inside an update only."""
+        own = self._by_group([[flat] for flat in self.optimizer.fp32_partitioned_groups_flat])
+        groups = zip(self.basic.param_groups, own, strict=True)
+        return [self._moments(group | {"params": params}) for group, params in groups]
+
     def _by_group(self, of_subgroups: Iterable[Iterable[Tensor | None] | None]) -> Groups:
         groups: Groups = [[] for _ in self.basic.param_groups]
         for index, tensors in enumerate(of_subgroups):

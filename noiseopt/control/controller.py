@@ -169,10 +169,11 @@ class Controller:
         estimator, norms, grad_norm = state.estimator, state.norms, 0.0
         gradients = state.gradients_per_step
         if window.norms is not None:
-            gradients = max(1, window.norms.count // window.micro_batches)
             estimator = estimator.update(window.norms)
             big_sq = math.fsum(window.norms.big_sq)
             grad_norm = 0.0 if math.isnan(big_sq) else math.sqrt(big_sq)
+            if window.norms.finite:  # else gradients may be missing that were not seen
+                gradients = max(1, window.norms.count // window.micro_batches)
             if grad_norm > 0 and window.norms.finite:
                 norms = norms.update(math.log(grad_norm / self._norm_ratio(window.norms.big_batch)))
         factor = state.max_norm / grad_norm if window.clipped and grad_norm > 0 else 1.0

@@ -1,6 +1,9 @@
 """Loops that leave something out or over, on two real ranks: what must stay right all the same."""
 
+import copy
 import functools
+import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 from tests.distributed import engines
 from tests.distributed.engines import MEASURED, Warnings, batches_of, config_of, engine_of, run
 from tests.distributed.ranks import result, run_on_ranks
-from tests.optim.helpers import loss_of
+from tests.optim.helpers import build, loss_of
 
 pytestmark = pytest.mark.distributed
 
@@ -85,7 +88,6 @@ def resumed_by_the_loop(rank, folder):
 def no_optimizer(rank, stage):
     engines.set_up(rank)
     from noiseopt.integrations.deepspeed import initialize
-    from tests.optim.helpers import build
 
     config = config_of(stage, optimizer=None)
     with Warnings() as texts:
@@ -183,6 +185,215 @@ def extra_backward_on_one_rank(rank):
         return texts, [window.norms.finite for window in windows(engine)]
 
 
+# ------------------------------------------------------------------ windows of the loop's own
+
+OWN_RATES = {
+    "decision_interval": 2,
+    "min_count": 2.0,
+    **dict.fromkeys(("adapt_beta1", "adapt_beta2", "adapt_weight_decay", "adapt_clip"), False),
+}
+
+
+def own_window(engine, way, batches):
+    """A window that the loop ends, its loss divided by itself."""
+    factor = engine.gradient_accumulation_steps() / len(batches)
+    if way == "coalesce":
+        with engine.coalesce_grad_reduction():
+            for batch in batches:
+                backward(engine, batch, factor)
+        engine.step()
+        return
+    *first, last = batches
+    with engine.no_sync() if way == "no_sync" else nullcontext():
+        for batch in first:
+            if way == "boundary":
+                engine.set_gradient_accumulation_boundary(False)
+            backward(engine, batch, factor)
+    if way == "boundary":
+        engine.set_gradient_accumulation_boundary(True)
+    backward(engine, last, factor)
+    engine.step()
+
+
+def own_config(way, stage, mode="auto"):
+    more = {"managed_gradient_accumulation": False} if way == "unmanaged" else {}
+    return config_of(stage, steps=1, noise=OWN_RATES | {"mode": mode}, **NOT_CLIPPED, **more)
+
+
+def rates_used(engine):
+    """The learning rate of each update to come, under its number, as the optimizer finds it."""
+    used, step = {}, engine.basic_optimizer.step
+
+    def spy(*args, **kwargs):
+        used[engine.global_steps] = engine.basic_optimizer.param_groups[0]["lr"]
+        return step(*args, **kwargs)
+
+    engine.basic_optimizer.step = spy
+    return used
+
+
+def own_length(rank, way, stage, mode="auto"):
+    """Windows of four, where the config says one; the last of two; then one on a fresh start."""
+    engines.set_up(rank)
+    with engine_of(own_config(way, stage, mode)) as engine:
+        noise, used = engine.noise_aware, rates_used(engine)
+        batches = batches_of(50, rank)
+        for at in range(0, 48, 4):
+            own_window(engine, way, batches[at : at + 4])
+        decision, factor = noise.decision, noise.lr_factor
+        own_window(engine, way, batches[48:])
+        noise.restart()
+        own_window(engine, way, batches[:2])
+        own_window(engine, way, batches[2:4])
+        return list(used.values()), decision, factor, noise.decision
+
+
+def resumed_length(rank, folder):
+    """Saved with windows of four that the loop ends, it goes on with such, and with one of two."""
+    engines.set_up(rank)
+    config, batches = own_config("unmanaged", 1), batches_of(50, rank)
+    with engine_of(config) as engine:
+        for at in range(0, 40, 4):
+            own_window(engine, "unmanaged", batches[at : at + 4])
+        engine.save_checkpoint(folder)
+    with engine_of(config) as engine:
+        engine.load_checkpoint(folder)
+        used = rates_used(engine)
+        for at in (40, 44):
+            own_window(engine, "unmanaged", batches[at : at + 4])
+        decision = engine.noise_aware.decision
+        own_window(engine, "unmanaged", batches[48:])
+        return list(used.values()), decision
+
+
+def no_backward_on_one_rank(rank, first):
+    """In one window of the loop's own the first rank has no backward; the update by plain SGD."""
+    engines.set_up(rank)
+    more = {"managed_gradient_accumulation": False, "optimizer": SGD} | NOT_CLIPPED
+    with engine_of(config_of(stage=0, **more)) as engine:
+        batches = batches_of(3, rank)
+        for batch in () if first else batches[:1]:
+            backward(engine, batch)
+            engine.step()
+        before = engines.weights_of(engine)
+        if rank == 1:
+            backward(engine, batches[1])
+        engine.step()
+        update = before - engines.weights_of(engine)
+        wanted = plain_update(before, batches_of(3, 1)[1:2], 2)
+        backward(engine, batches[2])
+        engine.step()
+        return update, wanted, windows(engine), engines.weights_of(engine)
+
+
+def unseen_on_one_rank(rank, mode):
+    """After a run's first windows, one in which the second rank calls loss.backward() itself."""
+    engines.set_up(rank)
+    with Warnings() as texts, engine_of(config_of(2, noise=MEASURED | {"mode": mode})) as engine:
+        for index, batch in enumerate(batches_of(25, rank)):
+            if rank == 1 and index == 22:
+                loss_of(engine, batch).backward()
+            else:
+                backward(engine, batch)
+            engine.step()
+        return engines.weights_of(engine), windows(engine), texts
+
+
+# ------------------------------------------------------------------ gradients that are thrown away
+
+SGD = {"type": "NoiseAwareSGD", "params": {"lr": 1.0, "weight_decay": None}}
+THREE = MEASURED | {"min_accumulation_steps": 3, "max_accumulation_steps": 3}
+
+
+class Wrapped(torch.nn.Module):
+    """A model around another, whose parameters it has."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = build(torch.float32)
+
+    def forward(self, inputs):
+        return self.inner(inputs)
+
+
+def plain_update(weights, batches, parts):
+    """SGD's update at a rate of one, its gradients by plain autograd.
+
+    Args:
+        batches: the micro-batches of every rank.
+        parts: by how many the sum of their gradients is divided.
+    """
+    model = build(torch.float32)
+    torch.nn.utils.vector_to_parameters(weights.clone(), model.parameters())
+    optimizer = torch.optim.SGD(engines.groups_of(model), lr=1.0)
+    for batch in batches:
+        (loss_of(model, batch) / parts).backward()
+    optimizer.step()
+    return weights - torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+def cleared(rank, stage, by, kind="plain", wraps=False):
+    """A loop that clears gradients after every micro-batch: SGD's update by a window of three."""
+    engines.set_up(rank)
+    net = Wrapped() if wraps else build(torch.float32)
+    inner = net.inner if wraps else net
+    allowed = {"zero_allow_untested_optimizer": True}
+    config = config_of(stage, steps=3, noise=THREE, optimizer=SGD, **allowed, **NOT_CLIPPED)
+    with Warnings() as texts, engine_of(config, net) as engine:
+        clears = {"engine": engine.zero_grad, "optimizer": engine.optimizer.zero_grad}
+        clears |= {"model": inner.zero_grad, "hand": lambda: throw_away(net)}
+        for _ in range(3 if kind == "after none" else 0):
+            engine.step()
+        before, batches = engines.weights_of(engine), batches_of(3, rank)
+        for index, batch in enumerate(batches):
+            times = 0 if kind == "left out" and index == 1 else 2 if kind == "twice" else 1
+            for _ in range(times):
+                backward(engine, batch, 1 / times)
+            engine.step()
+            clears[by]()
+        update = before - engines.weights_of(engine)
+        places = (0, 2) if kind == "left out" else (0, 1, 2)
+        used = [batches_of(3, one)[place] for one in range(2) for place in places]
+        wanted = plain_update(before, used, 6)
+        measured = [window.norms.finite for window in windows(engine)]
+    return update, wanted, texts, measured
+
+
+def throw_away(model):
+    for param in model.parameters():
+        param.grad = None
+
+
+def copied_model(rank):
+    """A copy of the model, made while its gradients are kept, clears its own; so does it later."""
+    engines.set_up(rank)
+    net = build(torch.float32)
+    with engine_of(config_of(stage=0, steps=2), net) as engine:
+        batch = batches_of(1, rank)[0]
+        backward(engine, batch)
+        engine.step()
+        twin = copy.deepcopy(net)
+        twin.zero_grad()
+        cleared = [p.grad is None for p in twin.parameters()]
+        net.zero_grad()
+        kept = [p.grad is not None for p in net.parameters()]
+    net.zero_grad()
+    return cleared, kept, [p.grad is None for p in net.parameters()]
+
+
+def hooked(rank, stage):
+    """A hook of the user's, put up after the engine was made, makes a gradient smaller."""
+    engines.set_up(rank)
+    net = build(torch.float32)
+    with engine_of(config_of(stage, steps=2), net) as engine:
+        for param in net.parameters():
+            param.register_hook(lambda grad: grad / 10)
+        for batch in batches_of(2, rank):
+            backward(engine, batch)
+            engine.step()
+        return windows(engine)[0].norms.small_sq
+
+
 def windows(engine):
     return [window for decision in engine.noise_aware.decisions for window in decision.windows]
 
@@ -204,6 +415,31 @@ CASES = {
     "end": functools.partial(end_of_the_data, shortens=False),
     "increments": told_increments,
     "extra": extra_backward_on_one_rank,
+    **{
+        f"own {way} {stage} {mode}": functools.partial(own_length, way=way, stage=stage, mode=mode)
+        for way, stage, mode in (
+            ("no_sync", 0, "auto"),
+            ("unmanaged", 0, "auto"),
+            ("unmanaged", 1, "advise"),
+            ("boundary", 2, "auto"),
+            ("coalesce", 2, "auto"),
+        )
+    },
+    "none in the first": functools.partial(no_backward_on_one_rank, first=True),
+    "none in the second": functools.partial(no_backward_on_one_rank, first=False),
+    "unseen auto": functools.partial(unseen_on_one_rank, mode="auto"),
+    "unseen advise": functools.partial(unseen_on_one_rank, mode="advise"),
+    **{f"model {s}": functools.partial(cleared, stage=s, by="model") for s in range(4)},
+    "model inside": functools.partial(cleared, stage=1, by="model", wraps=True),
+    "twice 0": functools.partial(cleared, stage=0, by="engine", kind="twice"),
+    "twice 3": functools.partial(cleared, stage=3, by="optimizer", kind="twice"),
+    "left out 0": functools.partial(cleared, stage=0, by="engine", kind="left out"),
+    "left out 1": functools.partial(cleared, stage=1, by="optimizer", kind="left out"),
+    "after none": functools.partial(cleared, stage=0, by="engine", kind="after none"),
+    **{f"by hand {s}": functools.partial(cleared, stage=s, by="hand") for s in (0, 1)},
+    "copied": copied_model,
+    "hooked 0": functools.partial(hooked, stage=0),
+    "hooked 2": functools.partial(hooked, stage=2),
     "clipped by the loop": functools.partial(clipped_by, way="the loop"),
     "clipped by the engine": functools.partial(clipped_by, way="the engine"),
 }
@@ -213,7 +449,8 @@ CASES = {
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mistakes")
     resumed = functools.partial(resumed_by_the_loop, folder=str(folder / "saved"))
-    return run_on_ranks(CASES | {"resumed": resumed}, folder)
+    length = functools.partial(resumed_length, folder=str(folder / "length"))
+    return run_on_ranks(CASES | {"resumed": resumed, "resumed length": length}, folder)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("skipped")])
@@ -286,3 +523,91 @@ def test_what_one_ranks_loop_does_is_told_there(ranks):
     assert not first
     (text,) = second
     assert text.startswith("rank 1: 3 backward passes in 2 calls of engine.step()")
+
+
+def half_the_window(decision):
+    """The square-root rule's factor at half the batch; see Malladi et al., arXiv 2205.10287."""
+    noise = decision.noise.scale_lower / decision.batch
+    return max(math.sqrt((1 + noise) / (1 + noise / 0.5)), 0.5)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("own ")])
+def test_the_users_rate_is_for_the_windows_that_the_loop_makes(ranks, name):
+    for used, decision, factor, restarted in result(ranks, name):
+        usual, (short, *anew) = used[:12], used[12:]
+        assert usual == [1e-3] * 12
+        assert (decision.accumulation_steps, factor) == (4, 1.0)
+        assert decision.batch == 4 * 2 * engines.MICRO_BATCH
+        assert decision.noise.scale_lower > 0
+        half = 1.0 if "advise" in name else half_the_window(decision)
+        assert short == pytest.approx(1e-3 * half)
+        assert anew == [1e-3] * 2
+        assert restarted.batch == 2 * 2 * engines.MICRO_BATCH
+
+
+def test_the_users_rate_stays_for_the_windows_that_were_saved(ranks):
+    for (*usual, short), decision in result(ranks, "resumed length"):
+        assert usual == [1e-3] * 2
+        assert decision.batch == 4 * 2 * engines.MICRO_BATCH
+        assert short == pytest.approx(1e-3 * half_the_window(decision))
+
+
+@pytest.mark.parametrize("name", ["none in the first", "none in the second"])
+def test_a_rank_without_a_backward_takes_part_in_the_window(ranks, name):
+    one, other = result(ranks, name)
+    assert torch.equal(one[3], other[3])
+    for update, wanted, seen, _ in (one, other):
+        torch.testing.assert_close(update, wanted, rtol=1e-5, atol=1e-7)
+        assert [window.norms.finite for window in seen] == [True, False, True][3 - len(seen) :]
+        assert [window.micro_batches for window in seen] == [1] * len(seen)
+        assert all(window.applied for window in seen)
+
+
+@pytest.mark.parametrize("name", ["unseen auto", "unseen advise"])
+def test_a_rank_whose_backward_was_not_seen_takes_part_in_the_window(ranks, name):
+    (weights, seen, quiet), (same, _, texts) = result(ranks, name)
+    assert torch.equal(weights, same)
+    assert [index for index, window in enumerate(seen) if not window.norms.finite] == [22]
+    assert len(seen) == 25
+    assert not quiet
+    assert sum("outside of engine.backward" in text for text in texts) == 1
+
+
+CLEARED = [name for name, case in CASES.items() if getattr(case, "func", None) is cleared]
+
+
+@pytest.mark.parametrize("name", [name for name in CLEARED if "hand" not in name])
+def test_whatever_clears_gradients_inside_a_window_its_update_takes_all(ranks, name):
+    for update, wanted, texts, measured in result(ranks, name):
+        torch.testing.assert_close(update, wanted, rtol=1e-5, atol=1e-6)
+        assert sum("is passed over" in text for text in texts) == 1
+        assert measured == [not ("twice" in name or "left out" in name)]
+
+
+@pytest.mark.parametrize("name", [name for name in CLEARED if "hand" in name])
+def test_gradients_that_are_thrown_away_by_hand_are_told(ranks, name):
+    for rank, (_, _, texts, measured) in enumerate(result(ranks, name)):
+        assert measured == [False]
+        (text,) = texts
+        assert text.startswith(f"rank {rank}: gradients were thrown away inside a window")
+
+
+def test_a_models_copy_clears_its_own_gradients(ranks):
+    for cleared, kept, later in result(ranks, "copied"):
+        assert all(cleared)
+        assert all(kept)
+        assert all(later)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_gradients_are_read_as_the_users_hooks_leave_them(ranks, stage):
+    model = build(torch.float32)
+    params = [list(group["params"]) for group in engines.groups_of(model)]
+    grads = [
+        engines.micro_gradients(model, batch, torch.float32, params)
+        for rank in range(2)
+        for batch in batches_of(2, rank)
+    ]
+    wanted = [sum(engines.squared(micro[i]) for micro in grads) / len(grads) / 100 for i in (0, 1)]
+    for seen in result(ranks, f"hooked {stage}"):
+        assert seen == pytest.approx(wanted, rel=1e-5)

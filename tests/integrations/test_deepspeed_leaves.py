@@ -36,6 +36,25 @@ def test_only_what_is_measured_is_read(model, leaves):
     torch.testing.assert_close(window(model, leaves, measured=True)[0], expected.double())
 
 
+def test_a_hook_that_came_later_is_read_from_the_first_window_on(model, leaves):
+    for param in model.parameters():
+        param.register_hook(lambda grad: grad * 3)
+    norm = window(model, leaves, measured=True)
+    torch.testing.assert_close(
+        norm[0], sum(p.grad.square().sum() for p in model.parameters()).double()
+    )
+
+
+def test_what_is_frozen_later_may_stay_so_and_come_back(model, leaves):
+    model.bias.requires_grad_(False)
+    for measured in (False, True):
+        norm = window(model, leaves, measured)
+    torch.testing.assert_close(norm[0], torch.tensor(16.0, dtype=torch.float64))
+    model.bias.requires_grad_(True)
+    norm = window(model, leaves, measured=True)
+    torch.testing.assert_close(norm[0], torch.tensor(20.0, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("before", [False, True])
 def test_a_stray_backward_at_the_start_of_a_measured_window_is_seen(model, leaves, before):
     window(model, leaves, measured=before)

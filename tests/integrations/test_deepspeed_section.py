@@ -65,6 +65,10 @@ CONTRADICTIONS = {
         zero(3, offload_param={"device": "nvme", "nvme_path": "/nowhere"}),
         ["zero_optimization.offload_param.device", "nvme", "leave one"],
     ),
+    "part of the offload": (
+        zero(3, offload_optimizer={"device": "cpu", "ratio": 0.5}),
+        ["zero_optimization.offload_optimizer.ratio", "set it to 1.0"],
+    ),
     "OneBitAdam": (kind("OneBitAdam"), ["optimizer.type", "use AdamW"]),
     "ZeroOneAdam": (kind("ZeroOneAdam"), ["optimizer.type", "use AdamW"]),
     "OneBitLamb": (kind("OneBitLamb"), ["optimizer.type", "use AdamW"]),
@@ -90,6 +94,16 @@ CONTRADICTIONS = {
             }
         },
         ["data_efficiency.data_sampling", "leave one"],
+    ),
+    "dropped tokens": (
+        {
+            "data_efficiency": {
+                "enabled": True,
+                "data_routing": {"enabled": True, "random_ltd": {"enabled": True}},
+                "data_sampling": {"curriculum_learning": {}},
+            }
+        },
+        ["data_efficiency.data_routing.random_ltd", "leave one"],
     ),
     "hybrid engine": ({"hybrid_engine": {"enabled": True}}, ["hybrid_engine", "leave one"]),
     "deepcompile": ({"compile": {"deepcompile": True}}, ["compile.deepcompile", "leave one"]),
@@ -162,12 +176,13 @@ ACCEPTED = {
         zero_quantized_gradients=False,
         elastic_checkpoint=False,
         zenflow=None,
-        offload_optimizer={"device": "none", "super_offload": False},
+        offload_optimizer={"device": "none", "super_offload": False, "ratio": 1.0},
     ),
     "deprecated zero": {"zero_optimization": True},
     "hybrid engine": {"hybrid_engine": {"max_out_tokens": 64}},
     "data sampling": {"data_efficiency": {"enabled": False, "data_sampling": {"enabled": True}}},
     "data routing": {"data_efficiency": {"enabled": True, "data_sampling": {}}},
+    "random ltd": {"data_efficiency": {"data_routing": {"random_ltd": {"enabled": False}}}},
     "expert parallel": {"expert_parallel": {"enabled": False}},
     "bf16": {"bf16": {"enabled": False, "check_grad_overflow": False}},
     "autocast": {"torch_autocast": {"enabled": False, "dtype": "fp16"}},
