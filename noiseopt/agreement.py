@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from noiseopt.capture import ENDED, Row, as_tensor, device_of, squared_norms
+from noiseopt.capture import ENDED, Row, as_tensor, device_of, is_sharded, squared_norms
 from noiseopt.distributed import DIGESTS, Ranks, digest, spread
 from noiseopt.estimate import NoiseEstimate, WindowNorms
 from noiseopt.parallel import ddp_around, ranks_of, refuse_join
@@ -48,6 +48,7 @@ class Agreement:
         self.ranks = ranks
         self._on_error = on_error
         self._ddp: Collection[nn.Module] | None = None
+        self._plain: list[Tensor] = []  # parameters beside FSDP2's, which every rank holds whole
         self._state: Mapping[str, object] = {}
         self._settings: Mapping[str, object] = {}
         self._digest = 0
@@ -79,6 +80,8 @@ class Agreement:
         if self.ranks.all > 1:
             self.ranks.check_reach()
             self.ddp_around(groups)
+        if self.ranks.sharded and self.ranks.model == 1:
+            self._plain = [p for params in groups for p in params if not is_sharded(p)]
 
     def ddp_around(self, groups: Sequence[Sequence[Tensor]]) -> Collection[nn.Module]:
         """The DDP modules that wrap the parameters, looked for once."""
@@ -161,21 +164,27 @@ class Agreement:
         """What is summed: the row, what shows whether ranks go together, its squares, and more.
 
         Four numbers show it: the squared norm of this rank's own gradients; that of the mean
-        gradient, which must be the same; a digest of the decision state; one of the random state.
+        gradient, which must be the same (where ranks hold shards, that of the parameters which
+        are none); a digest of the decision state; one of the random state.
         """
         own, mean = slice(num_groups), slice(num_groups, 2 * num_groups)
         now = _random_state(row.device if isinstance(row, Tensor) else CPU)
         drawn, self._random = now if self._random not in (None, now) else 0, now
         state = digest((self._digest, self._settings))
         if isinstance(row, Tensor):
-            of_all = torch.zeros_like(row[0]) if self.ranks.sharded else row[mean].sum()
+            of_all = self._plain_norm(row.device) if self.ranks.sharded else row[mean].sum()
             digests = row.new_full((), state), row.new_full((), drawn)  # which wait for nothing
-            told = torch.stack([row[own].sum(), of_all, *digests])
+            told = torch.stack([row[own].sum(), of_all.to(row.dtype), *digests])
             return torch.cat([row, told, told.square(), *([] if extra is None else [extra])])
-        plain = (sum(row[own]), 0.0 if self.ranks.sharded else sum(row[mean]), state, drawn)
+        alike = self._plain_norm(CPU).item() if self.ranks.sharded else sum(row[mean])
+        plain = (sum(row[own]), alike, state, drawn)
         squares = (number * number for number in plain)
         rest = [] if extra is None else extra.tolist()
         return torch.tensor([*row, *plain, *squares, *rest], dtype=torch.float64, device=CPU)
+
+    def _plain_norm(self, device: torch.device) -> Tensor:
+        grads = [grad for param in self._plain if (grad := param.grad) is not None]
+        return squared_norms([grads], device)[0]
 
     def _finish(self, together: bool = True) -> None:
         """End the sum that was begun last, and read it where that waits for nothing else."""
@@ -209,11 +218,11 @@ class Agreement:
                 raise RuntimeError(
                     "gradients differ between ranks at step() (relative spread of the squared "
                     f"norm {mean:.2g}): the backward ran without synchronisation, for instance "
-                    "under no_sync() or on a model that is not wrapped; synchronise the "
-                    "gradients, run each forward and backward inside optimizer.accumulate(model) "
-                    "(of one optimizer, where two share a model), or pass a process_group of the "
-                    "ranks that share them; updates may have been made with them already: go on "
-                    "from a checkpoint"
+                    "under no_sync(), on a model that is not wrapped, or on parameters that "
+                    "fully_shard() was not given; synchronise the gradients, run each forward and "
+                    "backward inside optimizer.accumulate(model) (of one optimizer, where two "
+                    "share a model), or pass a process_group of the ranks that share them; updates "
+                    "may have been made with them already: go on from a checkpoint"
                 )
             if state > SAME:
                 self._stop_for_state(together)
