@@ -162,6 +162,11 @@ class Adaptation(Decides):
             weight = self.ranks.sum_(total, self.open_window).item() / self.ranks.all
         return samples, weight
 
+    def samples_thrown_away(self) -> tuple[float, float]:
+        """The same for one of this rank's own that was thrown away before the next came."""
+        self.losses.keep()
+        return self.samples.take_oldest()
+
     # ------------------------------------------------------------------ windows and decisions
 
     def agree(

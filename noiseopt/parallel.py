@@ -35,7 +35,7 @@ def ranks_of(groups: Sequence[Sequence[Tensor]], process_group: dist.ProcessGrou
             "ranks that share its gradients"
         )
     device = device_of(groups)
-    managed = {slot[2] for _, slots in unsharded_leaves(params) for slot in slots}
+    managed = {slot.param for _, slots in unsharded_leaves(params) for slot in slots}
     layouts = {_layout(param, param in managed) for param in params if is_sharded(param)}
     if not layouts:
         group = _ddp_group(groups, process_group)
@@ -77,7 +77,7 @@ def _refuse_layouts(params: Sequence[Tensor]) -> None:
     if any(hasattr(param, "_st_info") for param in params):
         how = "DDP(device_mesh=...) around tensor-parallel parameters"
     for module, slots in unsharded_leaves(params):
-        meshes: Any = [param for _, _, param in slots]
+        meshes: Any = [slot.param for slot in slots]
         split = any(not placed.is_replicate() for param in meshes for placed in param.placements)
         kinds = {kind.__name__ for kind in type(module).__mro__}
         if "ReplicateModule" in kinds and split:

@@ -63,6 +63,15 @@ class SampleCounts:
         (samples,) = self._untold(1)
         return samples, samples, False
 
+    def take_oldest(self) -> tuple[float, float]:
+        """Samples and weight of a micro-batch that was thrown away, before the newest one told."""
+        told = self._take_told()
+        if told:
+            self._told = told[1:]
+            return told[0]
+        (samples,) = self._untold(1)
+        return samples, samples
+
     def take_window(self, micro_batches: int) -> list[float]:
         """The samples of so many micro-batches, as far as they were told.
 

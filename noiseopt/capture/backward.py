@@ -115,14 +115,17 @@ class BackwardCapture:
             How many passes its micro-batches had.
         """
         steps = self._window_steps()
+        unseen = self.passes.see_more()
         if len(self) > steps:
             self._set_apart(steps)
         passes = len(self)
         if passes > steps:
             self.passes.join(steps)
             self._unread = True
-        if self._watches_more(groups):
-            self._unread, self._means = True, {}
+        if more := self._watches_more(groups):
+            self._means = {}
+        if unseen or more:
+            self._unread = True
             if passes == 0:
                 self.passes.join(steps)
                 passes = steps

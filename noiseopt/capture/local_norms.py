@@ -43,14 +43,6 @@ class LocalNorms:
         """How many backward passes were read."""
         return len(self.passes)
 
-    @property
-    def has_gradient(self) -> bool:
-        """Whether the last backward has left something in `p.grad`, if the window is measured.
-
-        This waits for the device.
-        """
-        return self._before is not None and bool(self._before > 0)
-
     def add_group(self, params: Sequence[Tensor]) -> None:
         """Read one more group."""
         self.passes.add_group(params)
@@ -59,8 +51,8 @@ class LocalNorms:
         """|g|^2 of each backward pass since the last call, as a part of the mean in `p.grad`.
 
         Where there were more passes than micro-batches, some gradient is their sum, whose norm
-        theirs do not tell: then it is nan. So it is where a gradient passed unread, and in windows
-        that are not measured.
+        theirs do not tell: then it is nan. So it is where a gradient passed unread, as one of FSDP2
+        that no forward has shown, and in windows that are not measured.
 
         Args:
             groups: the parameters of each group.
@@ -72,7 +64,7 @@ class LocalNorms:
         Raises:
             RuntimeError: no backward pass was seen, or gradients were removed since.
         """
-        if not self._reads():
+        if self.passes.see_more() or not self._reads():
             self.clear()
             return unknown_norms(len(groups), self._device).expand(number, -1)
         if len(self) == 0:

@@ -20,6 +20,8 @@ from noiseopt.capture.hooks import Hooks
 from noiseopt.capture.norms import begun_norm, device_of, joined_norm, unknown_norms
 from noiseopt.capture.sharding import Slot, is_sharded, settled, share_among, unsharded_leaves
 
+_parts = share_among(1)  # into how many different ones a gradient is spread
+
 
 class BackwardPasses:
     """Hooks on parameters, and the norms that they have read.
@@ -37,7 +39,7 @@ class BackwardPasses:
         paused: whether gradients go by unread.
         watched: the parameters, each with its group.
         leaves: the tensors in which autograd accumulates their gradients, each with its parameter;
-            those of FSDP2's are known after the first forward.
+            those of FSDP2's are known after the first forward, or at the next `see_more`.
         model_ranks: over how many ranks one rank's gradient is spread, as by tensor parallelism;
             `norms` are to be summed over them.
 
@@ -58,9 +60,11 @@ class BackwardPasses:
         self._num_groups = len(groups)
         self._device = device_of(groups)
         self._following, self._reading = Hooks(), Hooks()
-        self._passing: dict[Tensor, Tensor] = {}
+        self._passing: dict[Tensor, tuple[Tensor, float]] = {}
         self._starts_anew = False
-        self._current: list[list[tuple[Tensor, Tensor]]] = []
+        self._current: list[list[tuple[Tensor, float]]] = []
+        self._unseen: list[Slot] = []  # FSDP2's parameters that are still to be hooked
+        self._unread = False  # whether a gradient passed that was not hooked
         self._brought: set[Tensor] = set()
         self._task = -1
         self.norms: list[Tensor] = []
@@ -84,7 +88,7 @@ class BackwardPasses:
 
     def clear(self) -> None:
         """Forget what was read."""
-        self.norms, self._current, self.num_skipped = [], [], 0
+        self.norms, self._current, self.num_skipped, self._unread = [], [], 0, False
         self._passing.clear()
         self._brought.clear()
 
@@ -114,19 +118,37 @@ class BackwardPasses:
         self.watched.update((param, group) for param in trained)
         managed: set[Tensor] = set()
         for module, slots in unsharded_leaves(trained):
-            managed.update(param for _, _, param in slots)
+            managed.update(slot.param for slot in slots)
+            self._unseen += slots
             self._following.add(partial(_before_forward, module, self._follow(slots)))
         for param in trained:
             if param not in managed:
                 self._attach(param, param)
 
+    def see_more(self) -> bool:
+        """Hook what FSDP2 uses unhooked; whether there was any such since the last `clear`.
+
+        No forward of its module shows a parameter that another method uses, registered by
+        `register_fsdp_forward_method`: at first its gradient passes unread.
+        """
+        if self._see(self._unseen):
+            self._unread = True
+        return self._unread
+
+    def _see(self, slots: Sequence[Slot]) -> bool:
+        """Hook those of FSDP2's parameters that have been made whole; whether there was any."""
+        made = [(leaf, slot) for slot in slots if (leaf := slot.leaf) is not None]
+        new = [(leaf, slot) for leaf, slot in made if leaf not in self.leaves]
+        for leaf, slot in new:
+            self._attach(leaf, slot.param)
+        if new:
+            self._unseen = [slot for slot in self._unseen if slot.leaf not in self.leaves]
+        return bool(new)
+
     def _follow(self, slots: list[Slot]) -> Callable[[nn.Module, Any], None]:
         @torch._disable_dynamo  # type: ignore[attr-defined]
         def before_forward(module: nn.Module, args: Any) -> None:
-            for owner, name, param in slots:
-                leaf = owner._parameters[name]
-                if leaf is not None and leaf is not param and leaf not in self.leaves:
-                    self._attach(leaf, param)
+            self._see(slots)
 
         return before_forward
 
@@ -145,7 +167,8 @@ class BackwardPasses:
                 return
             self._starts_anew = leaf is param and param.grad is None
             if self._reads():
-                self._passing[leaf] = begun_norm(settled(grad))
+                whole = settled(grad)  # which may be spread otherwise than the parameter
+                self._passing[leaf] = begun_norm(whole), _parts(whole)
 
         def after(accumulated: Tensor) -> None:
             if not self.paused:
@@ -163,7 +186,7 @@ class BackwardPasses:
             if self._starts_anew:
                 self._forget_thrown_away(param)
         if self._reads():
-            self._current[self.watched[param]].append((leaf, self._passing.pop(leaf)))
+            self._current[self.watched[param]].append(self._passing.pop(leaf))
         if leaf is param:
             self._brought.add(param)
 
@@ -181,18 +204,18 @@ class BackwardPasses:
         Variable._execution_engine.queue_callback(self._end)
 
     def _end(self) -> None:
-        if self._reads():
+        if self._reads() and not self.see_more():
             self.norms.append(torch.stack([self._joined(norms) for norms in self._current]))
         else:
             self.norms.append(unknown_norms(self._num_groups, self._device))
         self._current = []
         self._ended()
 
-    def _joined(self, norms: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def _joined(self, norms: list[tuple[Tensor, float]]) -> Tensor:
         if self.model_ranks == 1:
-            return joined_norm([norm for _, norm in norms], self._device)
-        share = share_among(self.model_ranks)
-        parts = [joined_norm([norm], self._device) * share(leaf) for leaf, norm in norms]
+            return joined_norm([norm for norm, _ in norms], self._device)
+        ranks = self.model_ranks
+        parts = [joined_norm([norm], self._device) * (part / ranks) for norm, part in norms]
         return sum(parts, joined_norm([], self._device))
 
 

@@ -1,6 +1,7 @@
 """Sharded tensors as each rank holds them, and where the gradients of FSDP2's parameters pass."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -75,16 +76,26 @@ def settled(grad: Tensor) -> Tensor:
     return done
 
 
+def laid_out(grad: Tensor, param: Tensor) -> Tensor:
+    """A gradient spread over the ranks as its parameter is, which that of a DTensor need not be."""
+    if not is_sharded(grad) or _placements(grad) == _placements(param):
+        return grad
+    sharded: Any = grad
+    done: Tensor = sharded.redistribute(placements=_placements(param))
+    return done
+
+
 def _placements(tensor: Any) -> Sequence[Any]:
     placements: Sequence[Any] = tensor.placements
     return placements
 
 
 def unsharded_leaves(params: Sequence[Tensor]) -> Iterator[tuple[nn.Module, list["Slot"]]]:
-    """The FSDP2 modules among whose parameters these are, each with the places of its own.
+    """The FSDP2 modules among whose parameters these are, each with the slots of its own.
 
-    In a module's forward, those places hold the parameters of which autograd makes the gradients:
-    whole ones, on which hooks fire before anything is reduced (on the sharded ones they never do).
+    From a module's first forward on, those hold the parameters of which autograd makes the
+    gradients: whole ones, on which hooks fire before anything is reduced (on the sharded ones they
+    never do).
     """
     if not any(map(is_sharded, params)):
         return
@@ -95,27 +106,50 @@ def unsharded_leaves(params: Sequence[Tensor]) -> Iterator[tuple[nn.Module, list
     wanted = set(params)
     for module in list(_module_state_mapping):
         if isinstance(module, FSDPModule):
-            slots = [slot for slot in _own_slots(module, FSDPModule) if slot[2] in wanted]
+            slots = [slot for slot in _own_slots(module) if slot.param in wanted]
             if slots:
                 yield module, slots
 
 
 def spans_whole_mesh(module: nn.Module) -> bool:
     """Whether an FSDP2 module was given one mesh for its data- and model-parallel ranks alike."""
+    return any(getattr(group.mesh_info, "is_spmd_mesh", False) for group in _groups_of(module))
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One of FSDP2's parameters: `param` is the optimizer's, `held` FSDP2's account of it."""
+
+    param: Tensor
+    held: Any
+
+    @property
+    def leaf(self) -> Tensor | None:
+        """The whole one, in which autograd accumulates; None before the first forward."""
+        whole: Tensor | None = getattr(self.held, "_unsharded_param", None)
+        return whole
+
+    def drop_gradient(self) -> None:
+        """Drop what FSDP2 has accumulated in it and not averaged yet."""
+        self.held.unsharded_accumulated_grad = None
+        if self.leaf is not None:
+            self.leaf.grad = None
+
+
+def _own_slots(module: nn.Module) -> Iterator[Slot]:
+    """A module's parameters, those of sharded modules inside it left out.
+
+    Between forwards, as after one without gradients, its modules may hold whole ones, which are not
+    the optimizer's.
+    """
+    for held in (held for group in _groups_of(module) for held in group.fsdp_params):
+        at = held._module_info
+        stands = at.module._parameters[at.param_name]
+        yield Slot(stands if held.sharded_state.name == "SHARDED" else held.sharded_param, held)
+
+
+def _groups_of(module: nn.Module) -> list[Any]:
     sharded: Any = module
     state = sharded._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-    return any(getattr(group.mesh_info, "is_spmd_mesh", False) for group in groups if group)
-
-
-Slot = tuple[nn.Module, str, Tensor]
-
-
-def _own_slots(module: nn.Module, nested: type) -> Iterator[Slot]:
-    """Where a module's parameters stand, those of sharded modules inside it left out."""
-    for name, param in module._parameters.items():
-        if param is not None:
-            yield module, name, param
-    for child in module.children():
-        if not isinstance(child, nested):
-            yield from _own_slots(child, nested)
+    return [group for group in groups if group]

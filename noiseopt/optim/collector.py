@@ -22,8 +22,10 @@ from noiseopt.capture import (
     as_tensor,
     big_columns,
     device_of,
+    laid_out,
+    local,
     norm_of_mean,
-    settled,
+    unsharded_leaves,
 )
 from noiseopt.control import NoiseConfig
 from noiseopt.distributed import Ranks, sync_buffers
@@ -72,7 +74,9 @@ class GradientCollector:
         self._is_own = self._always_own
         self._has_averaged = False
         self._checks = LoopChecks(ranks)
+        self._inside = 0  # contexts of accumulate() for a micro-batch of this rank's own
         self._unstepped = False  # whether a micro-batch of accumulate() awaits its step()
+        self.has_earlier = False  # whether, inside accumulate(), one from before it still does
         self.waits = False  # whether FSDP2 keeps the gradient of the micro-batch that comes
         told = weakref.proxy(adaptation)  # the hooks, which the parameters hold, keep nothing alive
         if config.accumulation == "external":
@@ -119,6 +123,15 @@ class GradientCollector:
         for hooks in self._hooks:
             hooks.clear()
 
+    def abandon(self, groups: Groups) -> None:
+        """Forget the open window, with what FSDP2 holds of it."""
+        if self.waits or self._window.passed_over:
+            params = [param for params in groups for param in params]
+            for slot in (slot for _, slots in unsharded_leaves(params) for slot in slots):
+                slot.drop_gradient()
+        self._forget_micro_batch()
+        self.clear(keep_memory=False)
+
     def take(self, groups: Groups) -> Ended | None:
         """Take what a call of `step()` brings; the window's end, if it is that.
 
@@ -127,15 +140,14 @@ class GradientCollector:
         """
         if self._external is not None:
             return self._external.take(groups)
-        own, self._is_own = self._is_own, self._always_own
-        self._unstepped = False
-        waits, self.waits = self.waits, False
+        own, waits = self._is_own, self.waits
+        self._forget_micro_batch()
         self._check_kind(own)
         added_up = waits or self._window.passed_over > 0  # by FSDP2, each weighing the same
         samples, weight = self._adaptation.next_samples(self._device, own or added_up)
         weight = 1.0 if added_up and not self._of_sums else weight
         if waits:
-            self._refuse_averaged()
+            _refuse_averaged(groups)
             self._window.pass_over(samples, weight)
             return None
         closes = len(self) + 1 >= self._adaptation.steps
@@ -167,6 +179,7 @@ class GradientCollector:
         elif self._window.alone:
             yield self._reduce(groups, flushing=True)[0]
         elif len(self._window) > 0:
+            self._settle(groups)
             yield self._end(self._window.flush(groups))
 
     @contextmanager
@@ -187,7 +200,9 @@ class GradientCollector:
         if averages:
             yield
             return
-        self._is_own = self._unstepped = self._external is None
+        if self._inside == 0:
+            self.has_earlier = self._unstepped
+            self._is_own = self._unstepped = self._external is None
         with self._forgotten_if_it_raises(), self._unread(), keeping_own(wrappers):
             yield
 
@@ -196,8 +211,12 @@ class GradientCollector:
         try:
             yield
         except BaseException:
-            self._is_own, self._unstepped, self.waits = self._always_own, False, False
+            self._forget_micro_batch()
             raise
+
+    def _forget_micro_batch(self) -> None:
+        self._is_own, self.waits = self._always_own, False
+        self._unstepped = self.has_earlier = False
 
     def _leaves_averaging(self, wrappers: Sequence[nn.Module], last: bool) -> bool:
         """Whether DDP had better average this micro-batch itself, while its backward runs.
@@ -226,50 +245,37 @@ class GradientCollector:
             The window's end, if it was that: then it is to be applied.
         """
         closes = len(self) + 1 >= self._adaptation.steps
-        samples, weight = self._adaptation.next_samples(self._device, own=True)
-        self._unstepped, self._is_own = False, self._always_own
+        samples, weight = self._adaptation.samples_thrown_away()
+        if self.has_earlier:
+            self.has_earlier = False
+        else:
+            self._forget_micro_batch()
         self._window.leave_out(groups, samples, weight)
         return self._reduce(groups, flushing=False)[0] if closes else None
 
     def is_unstepped(self, groups: Groups) -> bool:
         """Whether the last micro-batch of `accumulate` was thrown away instead of stepped."""
-        return self._unstepped and all(
-            p.grad is None or _is_zero(p.grad) for params in groups for p in params
-        )
+        return self._unstepped and self._inside == 0 and not _have_gradient(groups)
 
     @property
     def saw_backward(self) -> bool:
-        """Whether a backward pass was read since the last step."""
-        return any(len(hooks) > 0 for hooks in self._hooks)
-
-    def agreed(self, here: bool) -> bool:
-        """Whether something holds on every rank, where it may hold on some only."""
-        if self._ranks.data == 1 or not self._always_own:
-            return here and not self._is_own
-        count = torch.tensor(float(here), dtype=torch.float64, device=self._device)
-        return (
-            round(self._ranks.sum_(count, self._adaptation.open_window).item()) == self._ranks.all
-        )
+        """Whether a backward pass was read since the last step, or run inside `accumulate`."""
+        return self.waits or self._unstepped or any(len(hooks) > 0 for hooks in self._hooks)
 
     @contextmanager
     def _unread(self) -> Iterator[None]:
         """Leave backwards unread: this rank's own gradients are to be had at `step()`."""
-        if self._local is not None:
-            self._local.passes.paused = True
+        self._go_inside(1)
         try:
             yield
         finally:
-            if self._local is not None:
-                self._local.passes.paused = False
+            self._go_inside(-1)
 
-    def _refuse_averaged(self) -> None:
-        """Refuse a micro-batch that FSDP2 has averaged though that was to be put off."""
-        if self._local is not None and self._local.has_gradient:
-            raise RuntimeError(
-                "FSDP2 has averaged gradients of a micro-batch for which optimizer.accumulate() "
-                "had put that off, as where two optimizers accumulate on one model: leave "
-                "accumulate() out"
-            )
+    def _go_inside(self, contexts: int) -> None:
+        self._inside += contexts
+        self.has_earlier = self.has_earlier and self._inside > 0
+        if self._local is not None:
+            self._local.passes.paused = self._inside > 0
 
     def _check_kind(self, own: bool) -> None:
         if len(self) > 0 and own != self._window.alone:
@@ -294,7 +300,7 @@ class GradientCollector:
         if self._ranks.model > 1:
             for param in (param for group in groups for param in group):
                 if param.grad is not None:
-                    param.grad = settled(param.grad)
+                    param.grad = laid_out(param.grad, param)
 
     def _end(self, measured: Measured) -> Ended:
         """End a window whose mean over ranks `p.grad` holds, or this rank's shard of it."""
@@ -315,5 +321,17 @@ class GradientCollector:
         return Ended(row, norm_of_mean(row), None, steps), done
 
 
-def _is_zero(grad: Tensor) -> bool:
-    return grad.layout == torch.strided and not bool(grad.any())
+def _refuse_averaged(groups: Groups) -> None:
+    """Refuse a micro-batch that FSDP2 has averaged though that was to be put off."""
+    if _have_gradient(groups):
+        raise RuntimeError(
+            "FSDP2 has averaged gradients of a micro-batch for which optimizer.accumulate() had "
+            "put that off, as where two optimizers accumulate on one model, or where some "
+            "parameters are none of FSDP2's: leave accumulate() out"
+        )
+
+
+def _have_gradient(groups: Groups) -> bool:
+    """Whether `p.grad` holds something. Where it is there, this waits for the device."""
+    grads = (local(p.grad) for params in groups for p in params if p.grad is not None)
+    return any(grad.layout != torch.strided or bool(grad.any()) for grad in grads)

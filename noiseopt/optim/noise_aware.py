@@ -147,14 +147,21 @@ class NoiseAware(AppliesMeans):
         with self._collector.accumulate(model, self._all_params()):
             yield
 
-    @torch.no_grad()
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; a micro-batch of `accumulate` that is thrown away is counted as left out."""
+        if self._adaptation and self._collector.has_earlier:
+            self._leave_out(self._adaptation)
+        super().zero_grad(set_to_none)
+
     def _count_unstepped(self, adaptation: Adaptation) -> None:
-        groups = self._all_params()
-        if not self._collector.is_unstepped(groups):
-            return
+        if self._collector.is_unstepped(self._all_params()):
+            self._leave_out(adaptation)
+
+    @torch.no_grad()
+    def _leave_out(self, adaptation: Adaptation) -> None:
         if not self._logged:
             self._start(adaptation)
-        ended = self._collector.take_unstepped(groups)
+        ended = self._collector.take_unstepped(self._all_params())
         if ended is not None:
             self._finish(ended)
             self.zero_grad()
@@ -249,14 +256,13 @@ class NoiseAware(AppliesMeans):
         """Whether this is the zero step by which checkpointing makes an optimizer build its state.
 
         torch.distributed.checkpoint calls `step()` once with zero gradients and a rate of 0. It is
-        passed on and not counted as a micro-batch.
+        passed on and not counted as a micro-batch. Ranks are not asked: some may have no data.
         """
         if self.state or any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
-        if self._collector.waits or self._collector.saw_backward:
+        if self._collector.saw_backward or len(self._collector) > 0:
             return False
-        zero = all(not local(grad).any() for grad in self._all_grads())
-        return self._collector.agreed(zero and len(self._collector) == 0)
+        return all(not local(grad).any() for grad in self._all_grads())
 
     def _user_lr(self) -> float:
         return max(float(group["lr"]) for group in self.param_groups)

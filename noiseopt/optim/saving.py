@@ -114,7 +114,7 @@ class SavesNoise(NoiseReadings, Optimizer):
     def _restore(self) -> None:
         """Go on from the numbers in the groups, or start where there are none."""
         assert self._adaptation is not None
-        self._collector.clear(keep_memory=False)
+        self._collector.abandon(self._all_params())
         self._unsure.forget()
         self._logged = False  # ranks compare what they go on from, as at the start
         numbers = self.param_groups[0].get("noise", {})

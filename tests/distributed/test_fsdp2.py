@@ -10,7 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from noiseopt import NoiseAwareAdamW, NoiseAwareSGD, NoiseConfig, NoiseMonitor
 from noiseopt.distributed import Ranks
@@ -35,7 +40,7 @@ from tests.distributed.test_ddp import (
     seen,
 )
 from tests.distributed.test_own_gradients import loop
-from tests.distributed.test_tensor_parallel import Block, split
+from tests.distributed.test_tensor_parallel import Block, Embedded, split
 from tests.optim.helpers import build, draw, joined, loss_of, train
 
 pytestmark = NEEDS_FSDP2
@@ -131,8 +136,8 @@ def clipping(rank):
     return seen(optimizer, net) | {"clipped": optimizer.decision.total_clipped}
 
 
-def external(rank, monitor):
-    net = shard(build())
+def external(rank, monitor, sharding=shard):
+    net = sharding(build())
     config = replace(measured(2), accumulation="external")
     if monitor:
         optimizer = torch.optim.AdamW(net.parameters(), lr=LR)
@@ -178,17 +183,121 @@ def warming_up(rank, accumulates):
     return seen(optimizer, net)
 
 
-def two_optimizers(rank):
+def two_optimizers(rank, is_measured):
     """Their windows need not end together, and FSDP2 can put off for both or for none."""
     net = shard(build())
     matrices = [p for p in net.parameters() if p.dim() > 1]
     rest = [p for p in net.parameters() if p.dim() == 1]
     outer = NoiseAwareAdamW(matrices, lr=LR, noise=measured(2))
     inner = NoiseAwareAdamW(rest, lr=LR, noise=measured(1))
+    outer._adaptation.measures = is_measured
+    outer._collector.open_window()
     with outer.accumulate(net), inner.accumulate(net):
         loss_of(net, draw(RANKS)[rank]).backward()
     with pytest.raises(RuntimeError, match="FSDP2 has averaged gradients"):
         outer.step()
+
+
+def with_root(net):
+    """The first layer on its own, the other with the model around it."""
+    fully_shard(net[0])
+    return fully_shard(net)
+
+
+def validated(rank):
+    """A forward without gradients before each window, which leaves the root's parameters whole."""
+    net = with_root(build())
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
+    batches = part(draw(STEPS * RANKS), rank)
+    for index, batch in enumerate(batches):
+        if index % 2 == 0:
+            with torch.no_grad():
+                net(batch[0])
+        loop(optimizer, net, [batch])
+    return seen(optimizer, net)
+
+
+def extended_after_validation(rank):
+    net = with_root(build())
+    first, *rest = net.parameters()
+    optimizer = NoiseAwareAdamW([first], lr=LR, noise=measured(1))
+    with torch.no_grad():
+        net(draw(1)[0][0])
+    optimizer.add_param_group({"params": rest})
+    loop(optimizer, net, part(draw(8 * RANKS), rank))
+    return seen(optimizer, net)
+
+
+def loaded_inside(rank):
+    """What FSDP2 holds of the window is left out with it."""
+    net = shard(build())
+    optimizer = NoiseAwareSGD(net.parameters(), lr=LR, noise=measured(2))
+    state = optimizer.state_dict()
+    batches = part(draw(3 * RANKS), rank)
+    loop(optimizer, net, batches[:1])
+    with pytest.warns(UserWarning, match="the 1 micro-batches of 2 that it has had are left out"):
+        optimizer.load_state_dict(state)
+    loop(optimizer, net, batches[1:])
+    return seen(optimizer, net)
+
+
+class Encoder(nn.Linear):
+    """A layer that is not run by its forward."""
+
+    def encode(self, x):
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+class Encoding(nn.Module):
+    """The model of `build`, whose first layer is an encoder."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.first, self.rest = net[0], net[1:]
+        self.first.__class__ = Encoder
+
+    def forward(self, x):
+        return self.rest(self.first.encode(x))
+
+
+def by_a_method(net):
+    net = Encoding(net)
+    fully_shard(net.first)
+    register_fsdp_forward_method(net.first, "encode")
+    return fully_shard(net)
+
+
+def internal_by_a_method(rank):
+    net = by_a_method(build())
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
+    loop(optimizer, net, part(draw(STEPS * RANKS), rank))
+    return seen(optimizer, net)
+
+
+def root_forgotten(rank):
+    """Nobody averages what is not sharded."""
+    net = build()
+    fully_shard(net[0])
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
+    before = weights_of(net)
+    with pytest.raises(RuntimeError, match=r"gradients differ .* fully_shard\(\) was not given"):
+        loop(optimizer, net, part(draw(2 * RANKS), rank), accumulates=False)
+    assert torch.equal(before, weights_of(net))
+
+
+def averaged_by_hand(rank):
+    """But somebody may."""
+    net = build()
+    fully_shard(net[0])
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(1))
+    for batch in part(draw(STEPS * RANKS), rank):
+        loss_of(net, batch).backward()
+        for param in net[2].parameters():
+            dist.all_reduce(param.grad)
+            param.grad /= RANKS
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen(optimizer, net)
 
 
 def flushed_early(rank):
@@ -278,7 +387,16 @@ CASES = {
     "flushed": flushed_early,
     "warming up False": functools.partial(warming_up, accumulates=False),
     "warming up True": functools.partial(warming_up, accumulates=True),
-    "two optimizers": two_optimizers,
+    "two optimizers": functools.partial(two_optimizers, is_measured=True),
+    "two, not measured": functools.partial(two_optimizers, is_measured=False),
+    "validated": validated,
+    "extended": extended_after_validation,
+    "loaded": loaded_inside,
+    "external, method": functools.partial(external, monitor=False, sharding=by_a_method),
+    "monitor, method": functools.partial(external, monitor=True, sharding=by_a_method),
+    "method": internal_by_a_method,
+    "root forgotten": root_forgotten,
+    "by hand": averaged_by_hand,
     "experts": experts,
     "counted": counted_sums,
     "unsynchronised": unsynchronised,
@@ -422,7 +540,56 @@ def test_a_rate_of_0_at_first_loses_nothing(ranks, accumulates):
     torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["flushed", "experts", "two optimizers", "unsynchronised"])
+@pytest.mark.parametrize(("name", "steps"), [("validated", 2), ("extended", 1)])
+def test_forwards_without_gradients_change_nothing(ranks, name, steps):
+    first, second = result(ranks, name)
+    assert_agreed(first, second)
+    expected = alone(steps)
+    batches = STEPS if name == "validated" else 8
+    net = build()
+    train(net, torch.optim.AdamW(net.parameters(), lr=LR), joined(draw(batches * RANKS), 2 * steps))
+    if name == "validated":
+        assert_same_windows(first["windows"], expected["windows"], 1e-10)
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-10)
+
+
+def test_a_state_loaded_inside_a_window_leaves_its_micro_batches_out(ranks):
+    first, second = result(ranks, "loaded")
+    assert_agreed(first, second)
+    net = build()
+    train(net, torch.optim.SGD(net.parameters(), lr=LR), joined(draw(3 * RANKS)[RANKS:], 2 * RANKS))
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["method", "external, method", "monitor, method"])
+def test_modules_that_run_by_a_method_are_measured_from_the_second_window_on(ranks, name):
+    first, second = result(ranks, name)
+    assert_agreed(first, second)
+    expected = alone(2)
+    unread, *others = first["windows"]
+    assert unread.norms.small_sq == ()
+    assert unread.norms.big_sq == pytest.approx(expected["windows"][0].norms.big_sq, rel=1e-10)
+    assert_same_windows(others, expected["windows"][1:], 1e-10)
+    torch.testing.assert_close(first["weights"], expected["weights"], rtol=0, atol=1e-10)
+
+
+def test_parameters_beside_the_sharded_ones_may_be_averaged_by_hand(ranks):
+    first, second = result(ranks, "by hand")
+    assert_agreed(first, second)
+    torch.testing.assert_close(first["weights"], alone(1)["weights"], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "flushed",
+        "experts",
+        "two optimizers",
+        "two, not measured",
+        "unsynchronised",
+        "root forgotten",
+    ],
+)
 def test_what_cannot_be_is_an_error_with_the_remedy(ranks, name):
     result(ranks, name)
 
@@ -468,9 +635,9 @@ def test_a_sharded_model_on_one_rank_is_measured_as_a_plain_one(one, name):
 # ---------------------------------------------------------------------- four ranks
 
 
-def tensor_parallel_and_sharded(rank):
+def tensor_parallel_and_sharded(rank, model):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
-    net = split(Block(), mesh["model"])
+    net = split(model(), mesh["model"])
     fully_shard(net, mesh=mesh["data"])
     optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
     train(net, optimizer, part(draw(STEPS * 2), rank // 2))
@@ -485,7 +652,13 @@ def hybrid_of_four(rank):
     return seen(optimizer, net)
 
 
-FOUR = {"tensor and data": tensor_parallel_and_sharded, "hybrid": hybrid_of_four}
+FOUR = {
+    **{
+        model.__name__: functools.partial(tensor_parallel_and_sharded, model=model)
+        for model in (Block, Embedded)
+    },
+    "hybrid": hybrid_of_four,
+}
 
 
 @pytest.fixture(scope="module")
@@ -493,11 +666,12 @@ def four(tmp_path_factory):
     return run_on_ranks(FOUR, tmp_path_factory.mktemp("four"), ranks=4)
 
 
-def test_four_ranks_of_tensor_and_data_parallelism(four):
-    first, *others = result(four, "tensor and data")
+@pytest.mark.parametrize("model", [Block, Embedded])
+def test_four_ranks_of_tensor_and_data_parallelism(four, model):
+    first, *others = result(four, model.__name__)
     for other in others:
         assert_agreed(first, other)
-    net = Block()
+    net = model()
     optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(4))
     train(net, optimizer, draw(STEPS * 2))
     assert_same_windows(first["windows"], seen(optimizer, net)["windows"], 1e-9)

@@ -7,6 +7,7 @@ are spread over ranks and micro-batches.
 import functools
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,17 @@ def no_data(rank):
     return seen(optimizer, net)
 
 
+def no_data_at_a_rate_of_0(rank, accumulates):
+    """As a warm-up begins: no rank waits for one that has no data, and none loses a micro-batch."""
+    group = dist.new_group(timeout=timedelta(seconds=20))
+    net = build()
+    config = fixed_local(2)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=0.0, noise=config, process_group=group)
+    loop(optimizer, net, draw(4) if rank == 0 else [], accumulates=accumulates)
+    optimizer.flush()
+    return seen(optimizer, net)
+
+
 def fixed_local(steps):
     return replace(advise(steps, decision_interval=1), gradients="local")
 
@@ -149,18 +161,45 @@ def scaled(rank):
     return seen(optimizer, net)
 
 
-def scaler_that_skips(rank, skipped, set_to_none=True):
+def scaler_that_skips(rank, skipped, set_to_none=True, zero_inside=False):
     """An overflow on one rank, whose GradScaler leaves step() out there and nowhere else."""
     net = build(torch.float32)
     optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
     scaler, wrapped = GradScaler("cpu", init_scale=2.0), DistributedDataParallel(net)
     for index, batch in enumerate(part(draw(12 * RANKS, dtype=torch.float32), rank)):
         with optimizer.accumulate(wrapped):
+            if zero_inside:
+                optimizer.zero_grad()
             loss = scaler.scale(loss_of(wrapped, batch))
             (loss * torch.inf if rank == 1 and index in skipped else loss).backward()
         scaler.step(optimizer)
         scaler.update(2.0)
-        optimizer.zero_grad(set_to_none)
+        if not zero_inside:
+            optimizer.zero_grad(set_to_none)
+    optimizer.flush()
+    return seen(optimizer, net)
+
+
+SKIP = 2  # of the uneven micro-batches
+
+
+def skipped_and_counted(rank, before):
+    """Samples are told before the forward or after it, and one step is skipped on one rank."""
+    net = build(torch.float32)
+    config = replace(fixed_local(2), samples_per_micro_batch=None)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=config)
+    scaler, wrapped = GradScaler("cpu", init_scale=2.0), DistributedDataParallel(net)
+    for index, batch in enumerate(draw(len(SIZES[1]), SIZES[rank][:5], torch.float32, seed=rank)):
+        if before:
+            optimizer.set_samples(len(batch[0]))
+        with optimizer.accumulate(wrapped):
+            loss = scaler.scale(loss_of(wrapped, batch))
+            (loss * torch.inf if rank == 1 and index == SKIP else loss).backward()
+        if not before:
+            optimizer.set_samples(len(batch[0]))
+        scaler.step(optimizer)
+        scaler.update(2.0)
+        optimizer.zero_grad()
     optimizer.flush()
     return seen(optimizer, net)
 
@@ -242,6 +281,20 @@ def step_inside(rank):
             loss_of(wrapped, batch).backward()
             optimizer.step()
             optimizer.zero_grad()
+    return seen(optimizer, net)
+
+
+def nested(rank):
+    """Two modules that are wrapped apart, in contexts of their own."""
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(3))
+    first, last = DistributedDataParallel(net[0]), DistributedDataParallel(net[2])
+    model = nn.Sequential(first, net[1], last)
+    for batch in part(draw(STEPS * RANKS), rank):
+        with optimizer.accumulate(first), optimizer.accumulate(last):
+            loss_of(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
     return seen(optimizer, net)
 
 
@@ -334,8 +387,6 @@ def traffic(rank, accumulates):
 
 def missing_rank(rank):
     """A rank that never comes to the window's end: the others say who waits, and for what."""
-    from datetime import timedelta
-
     group = dist.new_group(timeout=timedelta(seconds=3))
     net = build()
     optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=fixed_local(1), process_group=group)
@@ -374,11 +425,28 @@ CASES = {
     "skip two": functools.partial(scaler_that_skips, skipped=(2, 3)),
     "skip end": functools.partial(scaler_that_skips, skipped=(11,)),
     "skip to zeros": functools.partial(scaler_that_skips, skipped=(2,), set_to_none=False),
+    **{
+        f"skip {step}, zeroed inside": functools.partial(
+            scaler_that_skips, skipped=(step,), zero_inside=True
+        )
+        for step in (2, 3)
+    },
+    **{
+        f"counted before {before}": functools.partial(skipped_and_counted, before=before)
+        for before in (False, True)
+    },
+    **{
+        f"rate of 0 {accumulates}": functools.partial(
+            no_data_at_a_rate_of_0, accumulates=accumulates
+        )
+        for accumulates in (False, True)
+    },
     **{f"buffers {steps}": functools.partial(buffered, steps=steps) for steps in (1, 2, 3)},
     "frozen inside": frozen_inside,
     "other weights": other_weights,
     "inner module": inner_module,
     "step inside": step_inside,
+    "nested": nested,
     "only the backward": only_the_backward,
     "weighed ones": weighed_ones,
     "weighed by tokens": weighed_by_tokens,
@@ -518,6 +586,8 @@ def test_loss_scales_that_differ_between_ranks_and_steps(ranks):
         ("skip two", (2, 3)),
         ("skip end", (11,)),
         ("skip to zeros", (2,)),
+        ("skip 2, zeroed inside", (2,)),
+        ("skip 3, zeroed inside", (3,)),
     ],
 )
 def test_a_grad_scaler_that_skips_on_one_rank_leaves_out_that_alone(ranks, name, skipped):
@@ -535,6 +605,32 @@ def test_a_grad_scaler_that_skips_on_one_rank_leaves_out_that_alone(ranks, name,
         ]
         train(net, optimizer, [tuple(torch.cat(parts) for parts in zip(*left, strict=True))])
     torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_the_samples_of_the_next_micro_batch_outlive_one_that_was_skipped(ranks, before):
+    first, second = result(ranks, f"counted before {before}")
+    assert_agreed(first, second)
+    net = build(torch.float32)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=LR)
+    parts = [draw(5, SIZES[rank][:5], torch.float32, seed=rank) for rank in range(RANKS)]
+    for at in range(0, 5, 2):
+        window = [
+            batch
+            for rank in range(RANKS)
+            for index, batch in enumerate(parts[rank][at : at + 2], start=at)
+            if not (rank == 1 and index == SKIP)
+        ]
+        train(net, optimizer, [tuple(torch.cat(tensors) for tensors in zip(*window, strict=True))])
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_a_rate_of_0_at_first_keeps_no_rank_waiting_for_one_without_data(ranks, accumulates):
+    first, second = result(ranks, f"rate of 0 {accumulates}")
+    assert_agreed(first, second)
+    assert [window.norms.count for window in first["windows"]] == [2, 2]
+    assert torch.equal(first["weights"], weights_of(build()))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
@@ -555,7 +651,7 @@ def test_parameters_that_are_frozen_inside_a_window_get_its_mean(ranks):
     torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["inner module", "step inside"])
+@pytest.mark.parametrize("name", ["inner module", "step inside", "nested"])
 def test_other_ways_to_accumulate(ranks, name):
     first, second = result(ranks, name)
     assert_agreed(first, second)

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
     parallelize_module,
 )
 
-from noiseopt import NoiseAwareAdamW
+from noiseopt import NoiseAwareAdamW, NoiseAwareSGD
 from tests.distributed.ranks import RANKS, result, run_on_ranks, weights_of
 from tests.distributed.test_ddp import (
     LR,
@@ -24,7 +25,9 @@ from tests.distributed.test_ddp import (
     seen,
     watched,
 )
-from tests.optim.helpers import FEATURES, HIDDEN, OUTPUTS, draw, train
+from tests.optim.helpers import FEATURES, HIDDEN, OUTPUTS, draw, joined, loss_of, train
+
+TOKENS = 12
 
 
 class Block(nn.Module):
@@ -42,8 +45,21 @@ class Block(nn.Module):
         return self.down(torch.tanh(self.up(self.norm(x))))
 
 
+class Embedded(Block):
+    """The same on tokens; their embedding is to be split by rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(TOKENS, FEATURES).double()
+
+    def forward(self, x):
+        return super().forward(self.embed((x[:, 0].abs() * TOKENS).long() % TOKENS))
+
+
 def split(net, mesh):
     plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    if isinstance(net, Embedded):  # every rank has its gradient whole
+        plan["embed"] = RowwiseParallel(input_layouts=Replicate())
     return parallelize_module(net, mesh, plan)
 
 
@@ -68,9 +84,35 @@ def tensor_parallel_dropout(rank):
     return [message for message in messages if "noise advise" not in message]
 
 
+def embedded(rank):
+    """The loop accumulates by itself: every backward's gradients are read where they pass."""
+    net = split(Embedded(), init_device_mesh("cpu", (RANKS,)))
+    config = replace(measured(2), accumulation="external")
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=config)
+    for index, batch in enumerate(draw(STEPS), start=1):
+        (loss_of(net, batch) / 2).backward()
+        if index % 2 == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    return seen(optimizer, net)
+
+
+def flushed(rank):
+    net = split(Embedded(), init_device_mesh("cpu", (RANKS,)))
+    optimizer = NoiseAwareSGD(net.parameters(), lr=LR, noise=measured(3))
+    train(net, optimizer, draw(2))
+    assert optimizer.flush()
+    return seen(optimizer, net)
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    cases = {"alike": tensor_parallel, "dropout": tensor_parallel_dropout}
+    cases = {
+        "alike": tensor_parallel,
+        "dropout": tensor_parallel_dropout,
+        "embedded": embedded,
+        "flushed": flushed,
+    }
     return run_on_ranks(cases, tmp_path_factory.mktemp("tensor_parallel"))
 
 
@@ -82,6 +124,24 @@ def test_tensor_parallel_ranks_hold_one_gradient_together(ranks):
     train(net, optimizer, draw(STEPS))
     assert_same_windows(first["windows"], seen(optimizer, net)["windows"], 1e-9)
     torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-9)
+
+
+def test_a_gradient_that_is_spread_otherwise_than_its_parameter_counts_once(ranks):
+    first, second = result(ranks, "embedded")
+    assert_agreed(first, second)
+    net = Embedded()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
+    train(net, optimizer, draw(STEPS))
+    assert_same_windows(first["windows"], seen(optimizer, net)["windows"], 1e-9)
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-9)
+
+
+def test_it_is_applied_when_an_open_window_is_flushed(ranks):
+    first, second = result(ranks, "flushed")
+    assert_agreed(first, second)
+    net = Embedded()
+    train(net, torch.optim.SGD(net.parameters(), lr=LR), joined(draw(2), 2))
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-12)
 
 
 def test_tensor_parallel_ranks_that_drop_out_the_same_units_are_told_nothing(ranks):
