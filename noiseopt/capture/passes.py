@@ -111,6 +111,7 @@ class BackwardPasses:
         self._following.remove()
         self.watched.clear()
         self.leaves.clear()
+        self._unseen.clear()
 
     def watch(self, params: Sequence[Tensor], group: int) -> None:
         """Watch more parameters of a group."""
