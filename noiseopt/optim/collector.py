@@ -332,6 +332,9 @@ def _refuse_averaged(groups: Groups) -> None:
 
 
 def _have_gradient(groups: Groups) -> bool:
-    """Whether `p.grad` holds something. Where it is there, this waits for the device."""
-    grads = (local(p.grad) for params in groups for p in params if p.grad is not None)
-    return any(grad.layout != torch.strided or bool(grad.any()) for grad in grads)
+    """Whether `p.grad` holds something. Where it is there, this waits for the device, once."""
+    grads = [local(p.grad) for params in groups for p in params if p.grad is not None]
+    if any(grad.layout != torch.strided for grad in grads):
+        return True
+    flags = [grad.any() for grad in grads]
+    return bool(flags) and bool(torch.stack([f.to(flags[0].device) for f in flags]).any())

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tests.distributed.ranks import RANKS
 from tests.optim.helpers import build, loss_of
 
 MICRO_BATCH = 4
@@ -155,13 +154,6 @@ def weights_of(engine):
     if engine.zero_optimization():
         parts = list(map(safe_get_full_fp32_param, parts))
     return torch.cat([part.detach().float().flatten() for part in parts])
-
-
-def everyone(value):
-    """What each rank has, on every rank."""
-    values = [None] * RANKS
-    dist.all_gather_object(values, value)
-    return values
 
 
 def plain_run(lengths, batches, model, dtype, optimizer_of, clip=0.05, used=()):

@@ -331,9 +331,15 @@ def ranks(tmp_path_factory):
     return run_on_ranks(CASES, tmp_path_factory.mktemp("ranks"))
 
 
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory):
+    cases = {stage: functools.partial(measured_run, stage=stage) for stage in STAGES}
+    return run_on_ranks(cases, tmp_path_factory.mktemp("four"), ranks=4)
+
+
 @functools.cache
-def oracle(model="wide", dtype=torch.float32, lr=1e-3):
-    batches = [batches_of(sum(LENGTHS), rank) for rank in range(RANKS)]
+def oracle(model="wide", dtype=torch.float32, lr=1e-3, ranks=RANKS):
+    batches = [batches_of(sum(LENGTHS), rank) for rank in range(ranks)]
     net = Tied() if model == "tied" else wide()
     return engines.plain_run(LENGTHS, batches, net, dtype, functools.partial(AdamW, lr=lr))
 
@@ -374,6 +380,16 @@ def test_norms_and_weights_are_those_of_plain_pytorch(ranks, name):
     assert worst_norm(one["windows"], norms) < 1e-6
     torch.testing.assert_close(one["weights"], weights, rtol=0, atol=1e-7)
     assert all(window.clipped for window in one["windows"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_four_ranks_measure_and_decide_as_one_too(four_ranks, stage):
+    first, *others = result(four_ranks, stage)
+    norms, weights = oracle(ranks=4)
+    for other in others:
+        assert_same(first, other)
+    assert worst_norm(first["windows"], norms) < 1e-6
+    torch.testing.assert_close(first["weights"], weights, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize(("name", "divided"), [("stage 0", 1), ("stage 2", 2), ("fp32 sums", 1)])
