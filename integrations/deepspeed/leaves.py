@@ -103,8 +103,7 @@ class LeafNorms:
     def _come_last(self) -> None:
         """Stand behind hooks of the user's that came since, to read what they make of gradients."""
         if not all(self._is_last(param) for param in self._params if param.requires_grad):
-            self._hooks.stand(False)
-            self._hooks.stand(True)
+            self._hooks.renew()
 
     def _is_last(self, param: Tensor) -> bool:
         own = self._readers.get(param)

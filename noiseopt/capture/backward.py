@@ -122,8 +122,8 @@ class BackwardCapture:
         if passes > steps:
             self.passes.join(steps)
             self._unread = True
-        if more := self._watches_more(groups):
-            self._means = {}
+        if more := self.passes.watch_more(groups):
+            self._groups, self._means = [list(params) for params in groups], {}
         if unseen or more:
             self._unread = True
             if passes == 0:
@@ -202,17 +202,6 @@ class BackwardCapture:
         if self._reads() and not self._unread:
             return parts.sum(1).isfinite()
         return True if mean is None else mean.sum().isfinite()
-
-    def _watches_more(self, groups: Sequence[Sequence[Tensor]]) -> bool:
-        """Whether some parameter was not watched yet that has a gradient: it is watched now."""
-        found = False
-        for index, params in enumerate(groups):
-            new = [p for p in params if p.grad is not None and p not in self.passes.watched]
-            if new:
-                found = True
-                self._groups[index] = list(params)
-                self.passes.watch(new, index)
-        return found
 
     def clear(self) -> None:
         """Forget the open window."""

@@ -30,6 +30,12 @@ class Hooks:
         else:
             self._take_down()
 
+    def renew(self) -> None:
+        """Put them up again, behind those that others have added since."""
+        if self._standing:
+            self.stand(False)
+            self.stand(True)
+
     def remove(self) -> None:
         """Take them down for good."""
         self._puts.clear()

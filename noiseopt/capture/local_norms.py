@@ -78,7 +78,7 @@ class LocalNorms:
         if self._before is not None:
             # nan where the sample is all zeros: then nothing shows a factor.
             norms = norms * (self._sum_of_squares() / self._before)
-        known = len(self) == number and self._sees_all(groups)
+        known = len(self) == number and not self.passes.watch_more(groups)
         self.clear()
         return norms if known else norms.new_full((number, norms.shape[1]), math.nan)
 
@@ -90,16 +90,6 @@ class LocalNorms:
                 "step(), so that what the ranks measured is not what would be applied: freeze "
                 "parameters by requires_grad_(False) instead"
             )
-
-    def _sees_all(self, groups: Sequence[Sequence[Tensor]]) -> bool:
-        """Whether every gradient was read; those of parameters that were frozen are from now on."""
-        seen, all_seen = set(self.passes.leaves.values()), True
-        for index, params in enumerate(groups):
-            new = [p for p in params if p.grad is not None and p not in seen]
-            if new:
-                all_seen = False
-                self.passes.watch([p for p in new if p not in self.passes.watched], index)
-        return all_seen
 
     def open_window(self) -> None:
         """Read the backward passes to come, or let them pass."""

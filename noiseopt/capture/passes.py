@@ -66,6 +66,7 @@ class BackwardPasses:
         self._unseen: list[Slot] = []  # FSDP2's parameters that are still to be hooked
         self._unread = False  # whether a gradient passed that was not hooked
         self._brought: set[Tensor] = set()
+        self._comes_last = False
         self._task = -1
         self.norms: list[Tensor] = []
         self.num_skipped = 0
@@ -87,7 +88,10 @@ class BackwardPasses:
         self.norms = [torch.cat([norms, norms.new_zeros(1)]) for norms in self.norms]
 
     def clear(self) -> None:
-        """Forget what was read."""
+        """Forget what was read. After the first window hooks of the user's, too, come first."""
+        if self.norms and not self._comes_last:
+            self._comes_last = True
+            self._reading.renew()
         self.norms, self._current, self.num_skipped, self._unread = [], [], 0, False
         self._passing.clear()
         self._brought.clear()
@@ -126,6 +130,23 @@ class BackwardPasses:
             if param not in managed:
                 self._attach(param, param)
 
+    def watch_more(self, groups: Sequence[Sequence[Tensor]]) -> bool:
+        """Watch parameters that have a gradient and no hook, as those that were frozen.
+
+        Returns:
+            Whether there was any.
+        """
+        hooked, found = set(self.leaves.values()), False
+        for index, params in enumerate(groups):
+            trained = [p for p in params if p.requires_grad and p.grad is not None]
+            unhooked = [param for param in trained if param not in hooked]
+            new = [param for param in unhooked if param not in self.watched]
+            self.watch(new, index)
+            if len(new) < len(unhooked):
+                self._reading.renew()
+            found |= bool(unhooked)
+        return found
+
     def see_more(self) -> bool:
         """Hook what FSDP2 uses unhooked; whether there was any such since the last `clear`.
 
@@ -154,13 +175,16 @@ class BackwardPasses:
         return before_forward
 
     def _attach(self, leaf: Tensor, param: Tensor) -> None:
-        self.leaves[leaf] = param
         hooked: Any = leaf
         if is_sharded(leaf):
             self.model_ranks = max(self.model_ranks, hooked.device_mesh.size())
         self._reading.add(partial(self._read, leaf, param))
 
     def _read(self, leaf: Tensor, param: Tensor) -> Sequence[Any]:
+        if not leaf.requires_grad:  # any more, and autograd takes no hook
+            self.leaves.pop(leaf, None)
+            return ()
+        self.leaves[leaf] = param
         hooked: Any = leaf
 
         def before(grad: Tensor) -> None:

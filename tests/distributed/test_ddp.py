@@ -454,6 +454,18 @@ def rarely_measured(rank, every):
     return seen(optimizer, net)
 
 
+def frozen_for_a_while(rank, every):
+    """In windows of which only some are measured, where hooks are put up anew."""
+    net = build()
+    noise = replace(measured(1), measure_interval=every)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=noise)
+    wrapped = DistributedDataParallel(net, find_unused_parameters=True)
+    for index, batch in enumerate(part(draw(80 * RANKS), rank)):
+        net[0].requires_grad_(not 66 <= index < 74)
+        train(wrapped, optimizer, [batch])
+    return seen(optimizer, net)
+
+
 def raising_observer(rank):
     """An observer that raises at every decision, in a loop that goes on."""
     net = build()
@@ -577,6 +589,8 @@ CASES = {
     "all measured": functools.partial(rarely_measured, every=1),
     "raising observer": raising_observer,
     "some measured": functools.partial(rarely_measured, every=4),
+    "frozen, all measured": functools.partial(frozen_for_a_while, every=1),
+    "frozen, some measured": functools.partial(frozen_for_a_while, every=4),
     "copied": copied_in_a_group,
     "alone": functools.partial(a_group_of_one, told=True),
     "alone by DDP": functools.partial(a_group_of_one, told=False),
@@ -618,10 +632,11 @@ def test_all_ranks_micro_batches_enter_one_estimate(ranks, way, steps):
     torch.testing.assert_close(first["weights"], expected["weights"], rtol=0, atol=1e-10)
 
 
-def test_not_every_window_need_be_measured(ranks):
-    first, second = result(ranks, "some measured")
+@pytest.mark.parametrize("how", ["", "frozen, "])
+def test_not_every_window_need_be_measured(ranks, how):
+    first, second = result(ranks, f"{how}some measured")
     assert_agreed(first, second)
-    everything, _ = result(ranks, "all measured")
+    everything, _ = result(ranks, f"{how}all measured")
     assert_rarely_measured(first["windows"], everything["windows"], 4, 1e-12)
     assert torch.equal(first["weights"], everything["weights"])
 

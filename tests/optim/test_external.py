@@ -418,6 +418,40 @@ def test_a_parameter_that_was_frozen_at_the_start_is_measured_from_its_second_wi
     assert others == windows_of(always)[1:]
 
 
+def test_a_parameter_that_is_frozen_for_a_while_is_measured_again():
+    model, batches = build(), draw(8)
+    config = external(advise(2, decision_interval=1))
+    optimizer = NoiseAwareSGD(model.parameters(), lr=0.0, noise=config)
+    for at, trains in ((0, False), (2, True), (4, True), (6, True)):
+        model[0].requires_grad_(trains)
+        accumulate(model, optimizer, batches[at : at + 2])
+    frozen, unknown, *others = (window.norms for window in windows_of(optimizer))
+    assert frozen.finite
+    assert unknown.small_sq == ()
+    reference = build()
+    always = NoiseAwareSGD(reference.parameters(), lr=0.0, noise=config)
+    accumulate(reference, always, batches)
+    assert others == [window.norms for window in windows_of(always)][2:]
+
+
+def test_hooks_of_the_user_that_came_later_are_read_through_from_the_second_window_on():
+    """What they make of a gradient is what is applied."""
+    model, reference = build(), build()
+    config = external(advise(2, decision_interval=1))
+    optimizer = NoiseAwareSGD(model.parameters(), lr=0.0, noise=config)
+    for param in model.parameters():
+        param.register_hook(lambda grad: grad.clamp(-0.01, 0.01))
+    batches = draw(6)
+    accumulate(model, optimizer, batches)
+    halves = []
+    for batch in batches[4:]:  # losses are divided before the hooks see their gradients
+        grads = torch.autograd.grad(loss_of(reference, batch) / 2, list(reference.parameters()))
+        halves.append(torch.cat([grad.clamp(-0.01, 0.01).flatten() for grad in grads]))
+    last = windows_of(optimizer)[-1].norms
+    assert sum(last.small_sq) == pytest.approx(sum(4 * h.dot(h).item() for h in halves) / 2)
+    assert sum(last.big_sq) == pytest.approx(sum(halves).square().sum().item())
+
+
 @pytest.mark.parametrize("told", [1, 3])
 def test_sample_counts_that_do_not_match_the_backwards_are_refused(told):
     model = build()
