@@ -93,6 +93,7 @@ class NoiseMonitor(NoiseReadings):
         self._grad_scaler = grad_scaler
         self._process_group = process_group
         self._started = False
+        self._passes_over = False  # whether a state was loaded since the window's backward passes
         groups = [group["params"] for group in optimizer.param_groups]
         ranks = ranks_of(groups, process_group)
         names = group_names(optimizer.param_groups)
@@ -168,7 +169,8 @@ class NoiseMonitor(NoiseReadings):
                 "the state lacks 'monitor.micro_batches': it is not of a NoiseMonitor; load what "
                 "NoiseMonitor.state_dict() returned"
             )
-        if self._num_taken:
+        self._passes_over = self._num_taken > 0
+        if self._passes_over:
             warnings.warn(
                 f"a state is loaded inside a window: the {self._num_taken} micro-batches that it "
                 "has had are not measured; load right after an update to lose nothing",
@@ -187,13 +189,14 @@ class NoiseMonitor(NoiseReadings):
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._user_lrs = [group["lr"] for group in optimizer.param_groups]
         if self._adaptation.ranks.all > 1:
-            settings = settings_of(optimizer.param_groups)
+            settings = settings_of(optimizer)
             self._adaptation.settings = lambda: settings
         self._settle()
         self._closing = len(self._capture) or None
         has_closure = any(map(callable, (*args[1:], *kwargs.values())))  # whose backward is to come
-        if self._closing is None and not has_closure:
+        if self._closing is None and not has_closure and not self._passes_over:
             self._refuse_unseen()
+        self._passes_over = False
 
     def _refuse_unseen(self) -> None:
         """Refuse to pass over gradients that no backward pass has brought."""

@@ -1,6 +1,7 @@
 """`zero_grad` of an engine's optimizer and model, without effect where gradients are to stay."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -15,28 +16,36 @@ class ClearingGuard:
     """
 
     def __init__(self, engine: Any, keeps_gradients: Callable[[], bool]) -> None:
-        self._owners = [engine.optimizer, *_whole_models(engine.module)]
-        for owner in self._owners:
-            vars(owner)["zero_grad"] = _Guarded(owner, keeps_gradients)
+        owners = [engine.optimizer, *_whole_models(engine.module)]
+        self._guards = [_Guarded(owner, keeps_gradients) for owner in owners]
+        for guard in self._guards:
+            vars(guard.owner)["zero_grad"] = guard
 
     def remove(self) -> None:
-        """Let each clear its gradients again."""
-        for owner in self._owners:
-            vars(owner).pop("zero_grad", None)
+        """Let each clear its gradients again; what another engine has put up since stays."""
+        for guard in self._guards:
+            if vars(guard.owner).get("zero_grad") is guard:
+                del vars(guard.owner)["zero_grad"]
+                if guard.own is not None:
+                    guard.owner.zero_grad = guard.own
 
 
 class _Guarded:
     """An owner's `zero_grad`; a copy of the owner, as of its weights' mean, gets its plain own."""
 
     def __init__(self, owner: Any, keeps_gradients: Callable[[], bool]) -> None:
-        self._owner, self._clear, self._keeps = owner, owner.zero_grad, keeps_gradients
+        there = vars(owner).get("zero_grad")
+        self.owner, self._keeps = owner, keeps_gradients
+        # Another engine's on the same model gives way: that engine was left behind.
+        self.own: Any = there.own if isinstance(there, _Guarded) else there
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         if not self._keeps():
-            self._clear(*args, **kwargs)
+            clear = self.own or partial(type(self.owner).zero_grad, self.owner)
+            clear(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self._owner, "zero_grad")
+        return getattr, (self.owner, "zero_grad")
 
 
 def _whole_models(module: nn.Module) -> list[nn.Module]:

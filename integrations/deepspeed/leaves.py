@@ -41,6 +41,7 @@ class LeafNorms:
         self.strays = self.unread = False
         self._hooks = Hooks()
         self._readers: dict[Tensor, Any] = {}  # the hook on each
+        self._frozen: set[Tensor] = set()  # what takes none for now
         self._unwatched = [(p, index) for index, params in enumerate(groups) for p in params]
         self._watch_unfrozen()
 
@@ -59,7 +60,7 @@ class LeafNorms:
         factors: list[Tensor] = []
         handle = loss.register_hook(lambda grad: factors.append(grad.detach()))
         self._watch_unfrozen()
-        if measured and not self.norms:
+        if measured:
             self._come_last()
         self._arrived.clear()
         self._inside, self._reads = True, measured
@@ -98,6 +99,9 @@ class LeafNorms:
         for param, group in self._unwatched:
             if param.requires_grad:
                 self._hooks.add(partial(self._hook, param, group))
+        if any(param.requires_grad for param in self._frozen):
+            self._frozen.clear()
+            self._hooks.renew()
         self._unwatched = [pair for pair in self._unwatched if not pair[0].requires_grad]
 
     def _come_last(self) -> None:
@@ -112,6 +116,7 @@ class LeafNorms:
     def _hook(self, param: Any, group: int) -> Sequence[Any]:
         self._readers.pop(param, None)
         if not param.requires_grad:  # any more, and autograd takes no hook
+            self._frozen.add(param)
             return ()
         self._readers[param] = param.register_hook(self._reader(param, group))
         return self._readers[param], param.register_post_accumulate_grad_hook(self._confirm)

@@ -53,7 +53,7 @@ class WindowLengths:
     def go_on(self) -> None:
         """Open a window after a state was loaded, which may say another length than the engine."""
         self._engine.micro_steps = 0
-        self._awaits_first = self._left
+        self._awaits_first = self._left and self._configured == 1
         if not self._control.makes_windows and self._adaptation.steps != self._usual:
             self._adaptation.set_window(self._usual)
         self.open()
@@ -97,7 +97,8 @@ class WindowLengths:
                 f"{why}: the loop says where windows end, after the engine had made them {steps} "
                 "micro-batches long: do so from the first one on"
             )
-        self._control.loop_ends_windows = self._left = self._awaits_first = True
+        self._control.loop_ends_windows = self._left = True
+        self._awaits_first = self._configured == 1
         if steps != self._configured:
             self._control.set_window(self._configured)
         self._adaptation.keep_window(self._configured)
@@ -108,7 +109,9 @@ class WindowLengths:
         )
 
     def close(self, row: Row) -> int:
-        """Take a window's end; the first that the loop ends shows how long it makes them.
+        """Take a window's end; of windows that the loop ends the first shows how long they are.
+
+        If the config does not: it says 1 where the loop calls `engine.step` once for each.
 
         Returns:
             Its micro-batches, the same on all ranks, however many backwards each has had in it.

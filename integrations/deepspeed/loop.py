@@ -33,20 +33,27 @@ class LoopWatch:
         self._calls = 0  # of engine.step
         self._stepped = 0  # backward passes before the last of them, which left their gradients
         self._held = 0  # parameters with a gradient then
+        self._brought = 0  # those after the last backward
         self._lost = False  # whether one of those went
 
     def begin_step(self) -> None:
         """Count a call of `engine.step`, which is to come."""
         self._calls += 1
         self._stepped, self._held = len(self._leaves), self._leaves.held()
+        if not self._control.loop_ends_windows:  # which may have them reduced before
+            self._lost |= self._held < self._brought
 
     def begin_backward(self) -> None:
         """See whether what the window's last step left is still there."""
         self._lost |= self._held > 0 and self._leaves.held() < self._held
 
+    def end_backward(self) -> None:
+        """See what it has left for the step to come."""
+        self._brought = self._leaves.held()
+
     def begin_update(self) -> None:
         """Let gradients go, as the engine's update has it."""
-        self._stepped = self._held = 0
+        self._stepped = self._held = self._brought = 0
 
     def check_passes(self, passes: int) -> None:
         """Refuse a window of which DeepSpeed has lost a part.

@@ -148,6 +148,7 @@ class EngineNoise(NoiseReadings):
         self._loop.begin_backward()
         with self._leaves.reading(loss, self._adaptation.measures):
             yield
+        self._loop.end_backward()
         parts = self._engine.gradient_accumulation_steps() if divided else 1
         self._adaptation.losses.tell(loss.detach() * parts)
 

@@ -131,8 +131,7 @@ REFUSALS = (
     Refusal(
         f"{_ZERO}.offload_optimizer.ratio",
         _splits_offload,
-        "what is not offloaded has an optimizer of its own, which adapted rates do not reach; set "
-        "it to 1.0",
+        "what is not offloaded has an optimizer of its own, not reached yet; set it to 1.0",
     ),
     Refusal(
         "optimizer.type",

@@ -6,7 +6,6 @@ pass, after DDP and FSDP2 have finished their part, a callback may look at `p.gr
 kept.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.function import BackwardCFunction
 
+from noiseopt.capture.frames import runs_in
 from noiseopt.capture.hooks import Hooks
 from noiseopt.capture.norms import begun_norm, device_of, joined_norm, unknown_norms
 from noiseopt.capture.sharding import Slot, is_sharded, settled, share_among, unsharded_leaves
@@ -63,6 +63,7 @@ class BackwardPasses:
         self._passing: dict[Tensor, tuple[Tensor, float]] = {}
         self._starts_anew = False
         self._current: list[list[tuple[Tensor, float]]] = []
+        self._attached: set[Tensor] = set()  # leaves that are hooked while hooks stand
         self._unseen: list[Slot] = []  # FSDP2's parameters that are still to be hooked
         self._unread = False  # whether a gradient passed that was not hooked
         self._brought: set[Tensor] = set()
@@ -115,6 +116,7 @@ class BackwardPasses:
         self._following.remove()
         self.watched.clear()
         self.leaves.clear()
+        self._attached.clear()
         self._unseen.clear()
 
     def watch(self, params: Sequence[Tensor], group: int) -> None:
@@ -158,14 +160,14 @@ class BackwardPasses:
         return self._unread
 
     def _see(self, slots: Sequence[Slot]) -> bool:
-        """Hook those of FSDP2's parameters that have been made whole; whether there was any."""
+        """Hook those of FSDP2's parameters that were made whole; whether some had a gradient."""
         made = [(leaf, slot) for slot in slots if (leaf := slot.leaf) is not None]
-        new = [(leaf, slot) for leaf, slot in made if leaf not in self.leaves]
+        new = [(leaf, slot) for leaf, slot in made if leaf not in self._attached]
         for leaf, slot in new:
             self._attach(leaf, slot.param)
         if new:
-            self._unseen = [slot for slot in self._unseen if slot.leaf not in self.leaves]
-        return bool(new)
+            self._unseen = [slot for slot in self._unseen if slot.leaf not in self._attached]
+        return any(leaf.requires_grad for leaf, _ in new)
 
     def _follow(self, slots: list[Slot]) -> Callable[[nn.Module, Any], None]:
         @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -175,6 +177,7 @@ class BackwardPasses:
         return before_forward
 
     def _attach(self, leaf: Tensor, param: Tensor) -> None:
+        self._attached.add(leaf)
         hooked: Any = leaf
         if is_sharded(leaf):
             self.model_ranks = max(self.model_ranks, hooked.device_mesh.size())
@@ -250,12 +253,9 @@ def _before_forward(module: nn.Module, hook: Callable[[nn.Module, Any], None]) -
 
 def _refuse_nested_backward() -> None:
     """Raise where this backward runs inside the backward of another, as checkpoints may have it."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code is BackwardCFunction.apply.__code__:
-            raise RuntimeError(
-                "a backward pass runs inside another, as with reentrant checkpointing, and brings "
-                "a micro-batch's gradient in several parts: use checkpoint(use_reentrant=False), "
-                "or, on one rank, accumulation='internal'"
-            )
-        frame = frame.f_back
+    if runs_in(BackwardCFunction.apply):
+        raise RuntimeError(
+            "a backward pass runs inside another, as with reentrant checkpointing, and brings a "
+            "micro-batch's gradient in several parts: use checkpoint(use_reentrant=False), or, on "
+            "one rank, accumulation='internal'"
+        )

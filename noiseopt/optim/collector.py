@@ -76,7 +76,6 @@ class GradientCollector:
         self._checks = LoopChecks(ranks)
         self._inside = 0  # contexts of accumulate() for a micro-batch of this rank's own
         self._unstepped = False  # whether a micro-batch of accumulate() awaits its step()
-        self.has_earlier = False  # whether, inside accumulate(), one from before it still does
         self.waits = False  # whether FSDP2 keeps the gradient of the micro-batch that comes
         told = weakref.proxy(adaptation)  # the hooks, which the parameters hold, keep nothing alive
         if config.accumulation == "external":
@@ -201,7 +200,6 @@ class GradientCollector:
             yield
             return
         if self._inside == 0:
-            self.has_earlier = self._unstepped
             self._is_own = self._unstepped = self._external is None
         with self._forgotten_if_it_raises(), self._unread(), keeping_own(wrappers):
             yield
@@ -215,8 +213,7 @@ class GradientCollector:
             raise
 
     def _forget_micro_batch(self) -> None:
-        self._is_own, self.waits = self._always_own, False
-        self._unstepped = self.has_earlier = False
+        self._is_own, self._unstepped, self.waits = self._always_own, False, False
 
     def _leaves_averaging(self, wrappers: Sequence[nn.Module], last: bool) -> bool:
         """Whether DDP had better average this micro-batch itself, while its backward runs.
@@ -246,10 +243,7 @@ class GradientCollector:
         """
         closes = len(self) + 1 >= self._adaptation.steps
         samples, weight = self._adaptation.samples_thrown_away()
-        if self.has_earlier:
-            self.has_earlier = False
-        else:
-            self._forget_micro_batch()
+        self._forget_micro_batch()
         self._window.leave_out(groups, samples, weight)
         return self._reduce(groups, flushing=False)[0] if closes else None
 
@@ -273,7 +267,6 @@ class GradientCollector:
 
     def _go_inside(self, contexts: int) -> None:
         self._inside += contexts
-        self.has_earlier = self.has_earlier and self._inside > 0
         if self._local is not None:
             self._local.passes.paused = self._inside > 0
 

@@ -40,14 +40,20 @@ def overridden(groups: Sequence[Group], values: Sequence[Group]) -> Iterator[Non
             group.update(old)
 
 
-def settings_of(groups: Sequence[Group]) -> dict[str, object]:
+def settings_of(optimizer: Optimizer) -> dict[str, object]:
     """The groups' hyper-parameters, as far as looking at them waits for no device."""
     return {
         f"{name} of group {index}": float(value) if isinstance(value, Tensor) else value
-        for index, group in enumerate(groups)
+        for index, group in enumerate(optimizer.param_groups)
         for name, value in group.items()
-        if isinstance(value, int | float | tuple) or (isinstance(value, Tensor) and value.is_cpu)
+        if name in optimizer.defaults and _is_plain(value)
     }
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return value.is_cpu and value.numel() == 1
+    return isinstance(value, int | float | tuple)
 
 
 def has_moments(optimizer_class: type[Optimizer]) -> bool:

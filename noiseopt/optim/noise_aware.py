@@ -14,10 +14,11 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import _init_optim_state
 from torch.optim import Optimizer
 
 from noiseopt.adaptation import Adaptation
-from noiseopt.capture import device_of, end_row, local
+from noiseopt.capture import device_of, end_row, local, runs_in
 from noiseopt.control import NoiseConfig, group_names
 from noiseopt.optim.checks import check_group, check_step
 from noiseopt.optim.collector import GradientCollector
@@ -91,7 +92,7 @@ class NoiseAware(AppliesMeans):
         self._adaptation = Adaptation(
             self.config, self.rate_rule, group_names(self.param_groups), ranks
         )
-        self._adaptation.settings = lambda: settings_of(self.param_groups)
+        self._adaptation.settings = lambda: settings_of(self)
         self._unsure = UnsureUpdates(self.config.min_beta2)
         self._collector = GradientCollector(self.config, ranks, groups, self._adaptation)
         self._restore()
@@ -147,21 +148,14 @@ class NoiseAware(AppliesMeans):
         with self._collector.accumulate(model, self._all_params()):
             yield
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch; a micro-batch of `accumulate` that is thrown away is counted as left out."""
-        if self._adaptation and self._collector.has_earlier:
-            self._leave_out(self._adaptation)
-        super().zero_grad(set_to_none)
-
-    def _count_unstepped(self, adaptation: Adaptation) -> None:
-        if self._collector.is_unstepped(self._all_params()):
-            self._leave_out(adaptation)
-
     @torch.no_grad()
-    def _leave_out(self, adaptation: Adaptation) -> None:
+    def _count_unstepped(self, adaptation: Adaptation) -> None:
+        groups = self._all_params()
+        if not self._collector.is_unstepped(groups):
+            return
         if not self._logged:
             self._start(adaptation)
-        ended = self._collector.take_unstepped(self._all_params())
+        ended = self._collector.take_unstepped(groups)
         if ended is not None:
             self._finish(ended)
             self.zero_grad()
@@ -183,7 +177,8 @@ class NoiseAware(AppliesMeans):
         self._count_unstepped(self._adaptation)
         if self.config.gradients == "local" and not self._logged:
             self._start(self._adaptation)
-        self._adaptation.losses.forget()  # of a micro-batch whose step a GradScaler has skipped
+        if self.config.accumulation == "internal":
+            self._adaptation.losses.forget()  # of one whose step a GradScaler has skipped
         windows = 0
         with torch.no_grad():
             for ended in self._collector.flush(self._all_params()):
@@ -262,7 +257,10 @@ class NoiseAware(AppliesMeans):
             return False
         if self._collector.saw_backward or len(self._collector) > 0:
             return False
-        return all(not local(grad).any() for grad in self._all_grads())
+        if any(local(grad).any() for grad in self._all_grads()):
+            return False
+        # A rank's own gradient may be zero where others' are not.
+        return self.config.gradients != "local" or runs_in(_init_optim_state)
 
     def _user_lr(self) -> float:
         return max(float(group["lr"]) for group in self.param_groups)

@@ -248,6 +248,17 @@ def own_length(rank, way, stage, mode="auto"):
         return list(used.values()), decision, factor, noise.decision
 
 
+def short_first(rank):
+    """A first window of one, then windows of four, for which the config was written."""
+    engines.set_up(rank)
+    config = config_of(0, steps=4, noise=OWN_RATES, **NOT_CLIPPED)
+    with engine_of(config) as engine:
+        used, batches = rates_used(engine), batches_of(49, rank)
+        for at, end in ((0, 1), *((at, at + 4) for at in range(1, 49, 4))):
+            own_window(engine, "boundary", batches[at:end])
+        return list(used.values())[1:], engine.noise_aware.decision
+
+
 def resumed_length(rank, folder):
     """Saved with windows of four that the loop ends, it goes on with such, and with one of two."""
     engines.set_up(rank)
@@ -381,17 +392,47 @@ def copied_model(rank):
     return cleared, kept, [p.grad is None for p in net.parameters()]
 
 
-def hooked(rank, stage):
-    """A hook of the user's, put up after the engine was made, makes a gradient smaller."""
+def thrown_away_late(rank):
+    """Between a window's last backward and its step, as where a loss was found not to be finite."""
     engines.set_up(rank)
-    net = build(torch.float32)
+    with Warnings() as texts, engine_of(config_of(0, steps=2)) as engine:
+        one, other = batches_of(2, rank)
+        backward(engine, one)
+        engine.step()
+        backward(engine, other)
+        engine.module.zero_grad()
+        engine.step()
+        return texts, [window.norms.finite for window in windows(engine)]
+
+
+def hooked(rank, stage, each):
+    """Hooks of the user's, put up after the engine was made, make gradients smaller."""
+    engines.set_up(rank)
+    net, hooks = build(torch.float32), []
     with engine_of(config_of(stage, steps=2), net) as engine:
-        for param in net.parameters():
-            param.register_hook(lambda grad: grad / 10)
-        for batch in batches_of(2, rank):
+        for index, batch in enumerate(batches_of(2, rank)):
+            if each or index == 0:
+                for hook in hooks:
+                    hook.remove()
+                hooks = [param.register_hook(lambda grad: grad / 10) for param in net.parameters()]
             backward(engine, batch)
             engine.step()
         return windows(engine)[0].norms.small_sq
+
+
+def thawed_inside(rank):
+    """Frozen for two windows, in the second of which hooks are put up again, and in the third not
+    from its second micro-batch on."""
+    engines.set_up(rank)
+    net = build(torch.float32)
+    with engine_of(config_of(0, steps=2, lr=0.0), net) as engine:
+        for index, batch in enumerate(batches_of(6, rank)):
+            net[0].weight.requires_grad_(index >= 5)
+            if index == 2:
+                net[2].weight.register_hook(lambda grad: grad * 1)
+            backward(engine, batch)
+            engine.step()
+        return windows(engine)[-1].norms.small_sq
 
 
 def windows(engine):
@@ -438,8 +479,14 @@ CASES = {
     "after none": functools.partial(cleared, stage=0, by="engine", kind="after none"),
     **{f"by hand {s}": functools.partial(cleared, stage=s, by="hand") for s in (0, 1)},
     "copied": copied_model,
-    "hooked 0": functools.partial(hooked, stage=0),
-    "hooked 2": functools.partial(hooked, stage=2),
+    **{
+        f"hooked {stage} {each}": functools.partial(hooked, stage=stage, each=each)
+        for stage in (0, 2)
+        for each in (False, True)
+    },
+    "thrown away late": thrown_away_late,
+    "thawed inside": thawed_inside,
+    "short first": short_first,
     "clipped by the loop": functools.partial(clipped_by, way="the loop"),
     "clipped by the engine": functools.partial(clipped_by, way="the engine"),
 }
@@ -592,6 +639,33 @@ def test_gradients_that_are_thrown_away_by_hand_are_told(ranks, name):
         assert text.startswith(f"rank {rank}: gradients were thrown away inside a window")
 
 
+def test_gradients_that_are_thrown_away_before_a_step_are_told(ranks):
+    for rank, (texts, measured) in enumerate(result(ranks, "thrown away late")):
+        assert measured == [False]
+        (text,) = texts
+        assert text.startswith(f"rank {rank}: gradients were thrown away inside a window")
+
+
+def test_a_parameter_that_thaws_inside_a_window_is_measured_from_then_on(ranks):
+    model = build(torch.float32)
+    params = [list(group["params"]) for group in engines.groups_of(model)]
+    wanted = [0.0, 0.0]
+    for rank in range(2):
+        for index, batch in list(enumerate(batches_of(6, rank)))[4:]:
+            grads = engines.micro_gradients(model, batch, torch.float32, params)
+            if index == 4:
+                grads[0] = grads[0][1:]  # still frozen
+            wanted = [w + engines.squared(g) / 4 for w, g in zip(wanted, grads, strict=True)]
+    for seen in result(ranks, "thawed inside"):
+        assert seen == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_configs_windows_are_what_its_rate_is_for(ranks):
+    for used, decision in result(ranks, "short first"):
+        assert used == [1e-3] * 12
+        assert decision.batch == 4 * 2 * engines.MICRO_BATCH
+
+
 def test_a_models_copy_clears_its_own_gradients(ranks):
     for cleared, kept, later in result(ranks, "copied"):
         assert all(cleared)
@@ -599,8 +673,9 @@ def test_a_models_copy_clears_its_own_gradients(ranks):
         assert all(later)
 
 
+@pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize("stage", [0, 2])
-def test_gradients_are_read_as_the_users_hooks_leave_them(ranks, stage):
+def test_gradients_are_read_as_the_users_hooks_leave_them(ranks, stage, each):
     model = build(torch.float32)
     params = [list(group["params"]) for group in engines.groups_of(model)]
     grads = [
@@ -609,5 +684,5 @@ def test_gradients_are_read_as_the_users_hooks_leave_them(ranks, stage):
         for batch in batches_of(2, rank)
     ]
     wanted = [sum(engines.squared(micro[i]) for micro in grads) / len(grads) / 100 for i in (0, 1)]
-    for seen in result(ranks, f"hooked {stage}"):
+    for seen in result(ranks, f"hooked {stage} {each}"):
         assert seen == pytest.approx(wanted, rel=1e-5)

@@ -27,6 +27,7 @@ from tests.distributed.ranks import (
     result,
     run_on_ranks,
     weights_of,
+    windows_of,
 )
 from tests.distributed.test_ddp import (
     LR,
@@ -73,6 +74,32 @@ def adaptive_run(rank, accumulates):
     optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=adaptive_config(1))
     loop(optimizer, net, part(draw(240 * RANKS), rank), accumulates=accumulates)
     return seen(optimizer, net)
+
+
+def resumed_between_measured_windows(rank):
+    """Hooks are down where the resumed run begins; further on they are up again."""
+    batches = part(draw(74 * RANKS), rank)
+
+    def trained(batches, state=None):
+        net = shard(build())
+        optimizer = NoiseAwareAdamW(net.parameters(), lr=0.0, noise=measured(1))
+        if state is not None:
+            optimizer.load_state_dict(state)
+        train(net, optimizer, batches)
+        return optimizer
+
+    state = trained(batches[:66]).state_dict()
+    return windows_of(trained(batches[66:], state)), windows_of(trained(batches))[66:]
+
+
+def frozen_after_building(rank, at):
+    """A layer that the optimizer has is frozen for some windows; most are measured all the same."""
+    net = shard(build())
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=0.0, noise=measured(1))
+    for index, batch in enumerate(part(draw(10 * RANKS), rank)):
+        net[0].requires_grad_(not at <= index < 8)
+        train(net, optimizer, [batch])
+    return [window.norms.shows_noise for window in windows_of(optimizer)]
 
 
 def rarely_measured(rank, every):
@@ -374,6 +401,8 @@ CASES = {
     ),
     "adaptive False": functools.partial(adaptive_run, accumulates=False),
     "adaptive True": functools.partial(adaptive_run, accumulates=True),
+    **{f"frozen {at}": functools.partial(frozen_after_building, at=at) for at in (0, 1)},
+    "resumed between": resumed_between_measured_windows,
     "all measured": functools.partial(rarely_measured, every=1),
     "some measured": functools.partial(rarely_measured, every=4),
     "groups": two_groups,
@@ -687,3 +716,16 @@ def test_four_ranks_of_a_hybrid_mesh(four):
     train(net, optimizer, draw(STEPS * 4))
     assert_same_windows(first["windows"], seen(optimizer, net)["windows"], 1e-9)
     torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-9)
+
+
+def test_a_run_resumes_between_windows_that_are_measured(ranks):
+    for found, wanted in result(ranks, "resumed between"):
+        known = [bool(window.norms.small_sq) for window in found]
+        assert known == [index % 4 == 0 for index in range(66, 74)]
+        assert_same_windows(found, wanted, 1e-12)
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_frozen_layer_does_not_end_the_measuring(ranks, at):
+    for known in result(ranks, f"frozen {at}"):
+        assert sum(known) >= 8

@@ -161,21 +161,18 @@ def scaled(rank):
     return seen(optimizer, net)
 
 
-def scaler_that_skips(rank, skipped, set_to_none=True, zero_inside=False):
+def scaler_that_skips(rank, skipped, set_to_none=True):
     """An overflow on one rank, whose GradScaler leaves step() out there and nowhere else."""
     net = build(torch.float32)
     optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
     scaler, wrapped = GradScaler("cpu", init_scale=2.0), DistributedDataParallel(net)
     for index, batch in enumerate(part(draw(12 * RANKS, dtype=torch.float32), rank)):
         with optimizer.accumulate(wrapped):
-            if zero_inside:
-                optimizer.zero_grad()
             loss = scaler.scale(loss_of(wrapped, batch))
             (loss * torch.inf if rank == 1 and index in skipped else loss).backward()
         scaler.step(optimizer)
         scaler.update(2.0)
-        if not zero_inside:
-            optimizer.zero_grad(set_to_none)
+        optimizer.zero_grad(set_to_none)
     optimizer.flush()
     return seen(optimizer, net)
 
@@ -426,12 +423,6 @@ CASES = {
     "skip end": functools.partial(scaler_that_skips, skipped=(11,)),
     "skip to zeros": functools.partial(scaler_that_skips, skipped=(2,), set_to_none=False),
     **{
-        f"skip {step}, zeroed inside": functools.partial(
-            scaler_that_skips, skipped=(step,), zero_inside=True
-        )
-        for step in (2, 3)
-    },
-    **{
         f"counted before {before}": functools.partial(skipped_and_counted, before=before)
         for before in (False, True)
     },
@@ -586,8 +577,6 @@ def test_loss_scales_that_differ_between_ranks_and_steps(ranks):
         ("skip two", (2, 3)),
         ("skip end", (11,)),
         ("skip to zeros", (2,)),
-        ("skip 2, zeroed inside", (2,)),
-        ("skip 3, zeroed inside", (3,)),
     ],
 )
 def test_a_grad_scaler_that_skips_on_one_rank_leaves_out_that_alone(ranks, name, skipped):
