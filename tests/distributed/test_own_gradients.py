@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
 
 from noiseopt import NoiseAwareAdamW, NoiseConfig
 from tests.distributed.ranks import RANKS, part, result, run_on_ranks, weights_of
@@ -95,6 +96,20 @@ def no_data(rank):
     optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=fixed_local(2))
     loop(optimizer, net, draw(4) if rank == 0 else [], accumulates=False)
     optimizer.flush()
+    return seen(optimizer, net)
+
+
+def zero_at_a_rate_of_0(rank):
+    """A first micro-batch that is masked on one rank, in a warm-up that begins at 0."""
+    net = build()
+    noise = replace(measured(1), gradients="local")
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=noise)
+    schedule = LambdaLR(optimizer, lambda call: min(call / 4, 1.0))
+    for index, batch in enumerate(part(draw(6 * RANKS), rank)):
+        (loss_of(net, batch) * (0.0 if rank == index == 0 else 1.0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
     return seen(optimizer, net)
 
 
@@ -432,6 +447,7 @@ CASES = {
         )
         for accumulates in (False, True)
     },
+    "zero at 0": zero_at_a_rate_of_0,
     **{f"buffers {steps}": functools.partial(buffered, steps=steps) for steps in (1, 2, 3)},
     "frozen inside": frozen_inside,
     "other weights": other_weights,
@@ -620,6 +636,13 @@ def test_a_rate_of_0_at_first_keeps_no_rank_waiting_for_one_without_data(ranks, 
     assert_agreed(first, second)
     assert [window.norms.count for window in first["windows"]] == [2, 2]
     assert torch.equal(first["weights"], weights_of(build()))
+
+
+def test_a_gradient_of_zero_on_one_rank_at_a_rate_of_0_is_a_micro_batch(ranks):
+    first, second = result(ranks, "zero at 0")
+    assert_agreed(first, second)
+    assert len(first["windows"]) == 6
+    assert first["weights"].isfinite().all()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
