@@ -6,14 +6,10 @@ from typing import Any
 
 
 def runs_in(function: Callable[..., Any]) -> bool:
-    """Whether this call runs inside a call of a function written in Python.
-
-    A compiler may have put other code in its place, which keeps its name and file.
-    """
-    code = function.__code__
+    """Whether this call runs inside a call of a function written in Python."""
     frame = inspect.currentframe()
     while frame is not None:
-        if (frame.f_code.co_name, frame.f_code.co_filename) == (code.co_name, code.co_filename):
+        if frame.f_code is function.__code__:
             return True
         frame = frame.f_back
     return False

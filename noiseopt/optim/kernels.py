@@ -44,6 +44,8 @@ def give_up_fused(optimizer: Optimizer) -> None:
     It has none for sparse ones, and for SGD's momentum none where some begins after the others.
     """
     for group in optimizer.param_groups if isinstance(optimizer, SGD) else ():
+        if not group["fused"]:
+            continue
         trained = [param for param in group["params"] if param.grad is not None]
         if any(param.grad.layout != torch.strided for param in trained):
             group["fused"] = None

@@ -116,20 +116,12 @@ def ranks(tmp_path_factory):
     return run_on_ranks(cases, tmp_path_factory.mktemp("tensor_parallel"))
 
 
-def test_tensor_parallel_ranks_hold_one_gradient_together(ranks):
-    first, second = result(ranks, "alike")
+@pytest.mark.parametrize(("name", "model"), [("alike", Block), ("embedded", Embedded)])
+def test_tensor_parallel_ranks_hold_one_gradient_together(ranks, name, model):
+    """Also one that is spread otherwise than its parameter, as of an embedding split by rows."""
+    first, second = result(ranks, name)
     assert_agreed(first, second)
-    net = Block()
-    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
-    train(net, optimizer, draw(STEPS))
-    assert_same_windows(first["windows"], seen(optimizer, net)["windows"], 1e-9)
-    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-9)
-
-
-def test_a_gradient_that_is_spread_otherwise_than_its_parameter_counts_once(ranks):
-    first, second = result(ranks, "embedded")
-    assert_agreed(first, second)
-    net = Embedded()
+    net = model()
     optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
     train(net, optimizer, draw(STEPS))
     assert_same_windows(first["windows"], seen(optimizer, net)["windows"], 1e-9)

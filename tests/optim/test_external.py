@@ -287,11 +287,12 @@ def test_a_backward_that_fails_half_way_is_forgotten():
 def test_reentrant_checkpointing_is_refused_with_the_remedy():
     """It runs backwards inside the backward: a micro-batch would count as several."""
     model = build()
-    NoiseAwareAdamW(model.parameters(), noise=external(advise(2)))
+    optimizer = NoiseAwareAdamW(model.parameters(), noise=external(advise(2)))
     inputs, targets = draw(1)[0]
     found = checkpoint(model, inputs.requires_grad_(), use_reentrant=True)
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         (found - targets).square().mean().backward()
+    assert optimizer.num_updates == 0  # and is there: one that is gone takes its hooks with it
 
 
 def test_checkpointing_without_reentry_measures_the_same():
