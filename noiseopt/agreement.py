@@ -30,6 +30,8 @@ WINDOWS_AT_ONCE = 20  # of a run's first; mistakes in a loop show there
 CHECKS = 4  # numbers that show whether ranks go together
 CPU = torch.device("cpu")
 
+Facts = Mapping[str, object]
+
 logger = logging.getLogger("noiseopt")
 
 
@@ -49,11 +51,11 @@ class Agreement:
         self._on_error = on_error
         self._ddp: Collection[nn.Module] | None = None
         self._plain: list[Tensor] = []  # parameters beside FSDP2's, which every rank holds whole
-        self._state: Mapping[str, object] = {}
-        self._settings: Mapping[str, object] = {}
+        self._state: Facts = {}
+        self._settings: Facts = {}
         self._digest = 0
         self._random: int | None = None
-        self._sums: list[Row] = []
+        self._sums: list[tuple[Row, Facts]] = []  # of the checks, with what the digest was made of
         self._windows = 0
         self._end: Callable[[], None] | None = None
         self._with_same_data = 0
@@ -89,7 +91,7 @@ class Agreement:
             self._ddp = ddp_around(groups)
         return self._ddp
 
-    def compare(self, facts: Mapping[str, object]) -> None:
+    def compare(self, facts: Facts) -> None:
         """See that every rank starts from the same facts: a collective.
 
         Raises:
@@ -106,12 +108,12 @@ class Agreement:
             self._on_error(error)
             raise
 
-    def set_state(self, state: Mapping[str, object]) -> None:
+    def set_state(self, state: Facts) -> None:
         """Say what the decisions to come rest on; it must be the same on all ranks."""
         if self.ranks.all > 1:
             self._state, self._digest = state, digest(state)
 
-    def set_settings(self, settings: Mapping[str, object]) -> None:
+    def set_settings(self, settings: Facts) -> None:
         """Say what this update is made with; it must be the same on all ranks."""
         self._settings = settings
 
@@ -143,6 +145,7 @@ class Agreement:
         with self._telling_errors():
             self._finish()
             numbers = self._with_checks(row, num_groups, extra)
+            facts = {**self._state, **self._settings}
             end_sum = self.ranks.begin_sum_(numbers, what)
 
         def end() -> None:
@@ -153,7 +156,7 @@ class Agreement:
             row[:ENDED] = summed[: len(row) + ENDED]
             if self.ranks.model > 1:  # of counts no rank has a part
                 _divide(row, slice(2 * num_groups, ENDED), self.ranks.model)
-            self._sums.append(summed[len(row) : len(row) + 2 * CHECKS])
+            self._sums.append((summed[len(row) : len(row) + 2 * CHECKS], facts))
 
         self._end, self._windows = end, self._windows + 1
         if at_once or self._windows <= WINDOWS_AT_ONCE:
@@ -191,7 +194,7 @@ class Agreement:
         end, self._end = self._end, None
         if end is not None:
             end()
-            if isinstance(self._sums[-1], list):
+            if isinstance(self._sums[-1][0], list):
                 self._read(together)
 
     def check(self, together: bool) -> None:
@@ -209,9 +212,10 @@ class Agreement:
 
     def _read(self, together: bool) -> None:
         read, self._sums = self._sums, []
-        on_device = any(isinstance(sums, Tensor) for sums in read)
-        lists: Any = torch.stack([*map(as_tensor, read)]).tolist() if on_device else read
-        for sums in lists:
+        lists: Any = [sums for sums, _ in read]
+        if any(isinstance(sums, Tensor) for sums in lists):
+            lists = torch.stack([*map(as_tensor, lists)]).tolist()
+        for sums, (_, facts) in zip(lists, read, strict=True):
             pairs = zip(sums[:CHECKS], sums[CHECKS:], strict=True)
             local, mean, state, drawn = (spread(a, b, self.ranks.all) for a, b in pairs)
             if mean > TOLERANCE:
@@ -225,17 +229,17 @@ class Agreement:
                     "may have been made with them already: go on from a checkpoint"
                 )
             if state > SAME:
-                self._stop_for_state(together)
+                self._stop_for_state(facts, together)
             if self.ranks.data == 1:  # of one model's parts each sees the same
                 continue
             if not math.isnan(sums[0]):  # as in a window that is not measured
                 self._watch_data(local < SAME and sums[0] > 0)
             self._watch_randomness(drawn < SAME and sums[3] > 0)
 
-    def _stop_for_state(self, together: bool) -> None:
+    def _stop_for_state(self, facts: Facts, together: bool) -> None:
         what = "the state that decisions rest on, or the optimizer's settings"
         if together:
-            self.ranks.compare({**self._state, **self._settings}, what)
+            self.ranks.compare(facts, what)
         raise RuntimeError(f"ranks disagree on {what}")
 
     def _watch_data(self, same: bool) -> None:

@@ -22,6 +22,7 @@ from noiseopt.capture import (
     device_of,
     end_row,
     norm_of_mean,
+    only_builds_state,
     settled,
     squared_norms,
 )
@@ -93,6 +94,7 @@ class NoiseMonitor(NoiseReadings):
         self._grad_scaler = grad_scaler
         self._process_group = process_group
         self._started = False
+        self._only_builds_state = False  # whether the step that runs is checkpointing's
         self._passes_over = False  # whether a state was loaded since the window's backward passes
         groups = [group["params"] for group in optimizer.param_groups]
         ranks = ranks_of(groups, process_group)
@@ -187,6 +189,9 @@ class NoiseMonitor(NoiseReadings):
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._only_builds_state = not optimizer.state and only_builds_state()
+        if self._only_builds_state:
+            return
         self._user_lrs = [group["lr"] for group in optimizer.param_groups]
         if self._adaptation.ranks.all > 1:
             settings = settings_of(optimizer)
@@ -217,12 +222,14 @@ class NoiseMonitor(NoiseReadings):
 
     @torch.no_grad()
     def _close_window(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._only_builds_state:
+            return
         if len(self._capture) != self._closing:  # a closure's backward passes came since
             self._settle()
         rates = self.rates if self.scales else None
         self._closing = None
         if len(self._capture) == 0:
-            return  # as when checkpointing steps once to build the state: no window has ended
+            return  # as after a closure that runs no backward: no window has ended
         adaptation = self._adaptation
         groups = [group["params"] for group in optimizer.param_groups]
         if not self._started:

@@ -2,7 +2,7 @@
 
 from noiseopt.capture.backward import UNSEEN as UNSEEN
 from noiseopt.capture.backward import BackwardCapture as BackwardCapture
-from noiseopt.capture.frames import runs_in as runs_in
+from noiseopt.capture.frames import only_builds_state as only_builds_state
 from noiseopt.capture.local_norms import LocalNorms as LocalNorms
 from noiseopt.capture.norms import device_of as device_of
 from noiseopt.capture.norms import moved as moved

@@ -1,6 +1,7 @@
 """What a call runs inside of, where torch offers no other way to know."""
 
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,3 +14,14 @@ def runs_in(function: Callable[..., Any]) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def only_builds_state() -> bool:
+    """Whether a call of `step()` is the one by which checkpointing has an optimizer build its state.
+
+    torch.distributed.checkpoint calls it with zero gradients and a rate of 0, whenever the state is
+    empty: before the first update or, without momentum, at any time. What it brings is no
+    micro-batch. Who calls tells so for sure: gradients may be zero, and the first rate 0, as well.
+    """
+    checkpointing = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    return checkpointing is not None and runs_in(checkpointing._init_optim_state)

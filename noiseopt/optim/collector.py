@@ -251,11 +251,6 @@ class GradientCollector:
         """Whether the last micro-batch of `accumulate` was thrown away instead of stepped."""
         return self._unstepped and self._inside == 0 and not _have_gradient(groups)
 
-    @property
-    def saw_backward(self) -> bool:
-        """Whether a backward pass was read since the last step, or run inside `accumulate`."""
-        return self.waits or self._unstepped or any(len(hooks) > 0 for hooks in self._hooks)
-
     @contextmanager
     def _unread(self) -> Iterator[None]:
         """Leave backwards unread: this rank's own gradients are to be had at `step()`."""

@@ -14,11 +14,10 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import _init_optim_state
 from torch.optim import Optimizer
 
 from noiseopt.adaptation import Adaptation
-from noiseopt.capture import device_of, end_row, local, runs_in
+from noiseopt.capture import device_of, end_row, only_builds_state
 from noiseopt.control import NoiseConfig, group_names
 from noiseopt.optim.checks import check_group, check_step
 from noiseopt.optim.collector import GradientCollector
@@ -213,13 +212,12 @@ class NoiseAware(AppliesMeans):
         return loss
 
     def _take_gradient(self, adaptation: Adaptation) -> None:
+        if not self.state and only_builds_state():
+            self._torch_step()
+            return
         has_gradient = any(p.grad is not None for params in self._all_params() for p in params)
         if has_gradient or not self._collector.waits:
             check_step(self.param_groups, has_gradient)
-        if has_gradient and self._only_builds_state():
-            self._collector.clear(keep_memory=False)
-            self._torch_step()
-            return
         if not self._logged:
             self._start(adaptation)
         self._applied = False
@@ -246,21 +244,6 @@ class NoiseAware(AppliesMeans):
             if self._adaptation.steps == 1:
                 self._collector.clear(keep_memory=False)
             self._collector.open_window()
-
-    def _only_builds_state(self) -> bool:
-        """Whether this is the zero step by which checkpointing makes an optimizer build its state.
-
-        torch.distributed.checkpoint calls `step()` once with zero gradients and a rate of 0. It is
-        passed on and not counted as a micro-batch. Ranks are not asked: some may have no data.
-        """
-        if self.state or any(float(group["lr"]) != 0 for group in self.param_groups):
-            return False
-        if self._collector.saw_backward or len(self._collector) > 0:
-            return False
-        if any(local(grad).any() for grad in self._all_grads()):
-            return False
-        # A rank's own gradient may be zero where others' are not.
-        return self.config.gradients != "local" or runs_in(_init_optim_state)
 
     def _user_lr(self) -> float:
         return max(float(group["lr"]) for group in self.param_groups)

@@ -7,6 +7,7 @@ batch as whole windows allow.
 import copy
 import functools
 import logging
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -22,11 +23,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from noiseopt import NoiseAwareAdamW
+from noiseopt import NoiseAwareAdamW, NoiseAwareSGD
 from tests.distributed.ranks import NEEDS_FSDP2, RANKS, part, result, run_on_ranks, weights_of
 from tests.distributed.test_ddp import LR, adaptive_config, assert_agreed, seen, watched
 from tests.distributed.test_fsdp2 import shard
-from tests.optim.helpers import build, draw, train
+from tests.optim.helpers import build, draw, fixed, joined, loss_of, train
 
 BEFORE, AFTER = 120, 40
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # rank 0 gets it all
@@ -146,6 +147,19 @@ def loaded_on_one_rank_only(rank):
     return str(caught.value)
 
 
+def saved_in_windows(rank, wrap, accumulates):
+    """After every micro-batch; without momentum, SGD's state is built anew each time."""
+    net = wrap(build())
+    optimizer = NoiseAwareSGD(net.parameters(), lr=LR, noise=fixed(4))
+    for batch in part(draw(8 * RANKS), rank):
+        with optimizer.accumulate(net) if accumulates else nullcontext():
+            loss_of(net, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        get_optimizer_state_dict(net, optimizer)
+    return weights_of(net), optimizer.num_updates
+
+
 def cases(folder):
     return {
         "plain": functools.partial(resumed, wrap=DistributedDataParallel, way=Plain()),
@@ -156,6 +170,13 @@ def cases(folder):
         "disk": functools.partial(resumed, wrap=shard, way=OnDisk(str(folder / "dcp"))),
         "for others": saved_whole,
         "forgotten": loaded_on_one_rank_only,
+        **{
+            f"in windows of {kind}, {accumulates}": functools.partial(
+                saved_in_windows, wrap=wrap, accumulates=accumulates
+            )
+            for kind, wrap in (("DDP", DistributedDataParallel), ("FSDP2", shard))
+            for accumulates in (False, True)
+        },
     }
 
 
@@ -212,3 +233,13 @@ def test_fewer_ranks_go_on_with_the_same_estimate_and_batch(ranks):
 def test_a_state_that_only_some_ranks_have_loaded_is_an_error(ranks):
     for message in result(ranks, "forgotten"):
         assert "num_updates: [" in message or "estimator" in message
+
+
+@pytest.mark.parametrize("kind", ["DDP", pytest.param("FSDP2", marks=NEEDS_FSDP2)])
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_a_state_that_is_taken_inside_a_window_leaves_it_as_it_is(ranks, kind, accumulates):
+    net = build()
+    train(net, torch.optim.SGD(net.parameters(), lr=LR), joined(draw(8 * RANKS), 4 * RANKS))
+    for weights, updates in result(ranks, f"in windows of {kind}, {accumulates}"):
+        assert updates == 2
+        torch.testing.assert_close(weights, weights_of(net), rtol=0, atol=1e-12)

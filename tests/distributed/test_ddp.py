@@ -407,6 +407,37 @@ def rates_that_differ(rank):
     return str(caught.value)
 
 
+LATE = 33  # a window whose sums are not waited for
+
+
+def parts_later(rank, part_with):
+    """One rank alone changes something in mid-run; where and how that is told."""
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=NoiseConfig(mode="advise"))
+    wrapped = DistributedDataParallel(net)
+    for index, batch in enumerate(part(draw(2 * LATE * RANKS), rank), start=1):
+        if rank == 1:
+            part_with(optimizer, index)
+        loss_of(wrapped, batch).backward()
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            return index, str(error)
+        optimizer.zero_grad()
+    return None
+
+
+def rate_for_an_update(optimizer, index):
+    optimizer.param_groups[0]["lr"] = LR * 2 if index == LATE else LR
+
+
+def state_of_decisions(optimizer, index):
+    if index == LATE:
+        control = optimizer._adaptation._controller
+        parted = replace(control.state, noise_ratio=control.state.noise_ratio + 1.0)
+        optimizer._adaptation._controller = control.at(parted)
+
+
 def inside_join(rank):
     """torch's own way with uneven data: a rank without data answers DDP's collectives only."""
     net = build()
@@ -582,6 +613,8 @@ CASES = {
     ),
     "starts": starts_that_differ,
     "rates": rates_that_differ,
+    "rate in mid-run": functools.partial(parts_later, part_with=rate_for_an_update),
+    "state in mid-run": functools.partial(parts_later, part_with=state_of_decisions),
     "join": inside_join,
     "gone": an_optimizer_that_is_gone,
     "thawed": thawed,
@@ -846,6 +879,15 @@ def test_ranks_that_start_from_different_settings_stop(ranks):
 def test_ranks_whose_decisions_would_part_stop_and_say_what_differs(ranks):
     for message in result(ranks, "rates"):
         assert "lr of group 0: [0.01, 0.02]" in message
+
+
+def test_ranks_that_part_in_mid_run_stop_an_update_later_and_say_what_differs(ranks):
+    for stopped, message in result(ranks, "rate in mid-run"):
+        assert stopped == LATE + 1
+        assert "lr of group 0: [0.01, 0.02]" in message
+    for stopped, message in result(ranks, "state in mid-run"):
+        assert stopped > LATE
+        assert "noise_ratio: [" in message
 
 
 def test_parameters_that_are_unfrozen_later(ranks):

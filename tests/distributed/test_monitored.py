@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -58,6 +59,23 @@ def overflow_in_one_shard(rank, tells):
 def _overflow(module, inputs, outputs):
     """Of the outputs' gradients only the first, whose weights the first rank's shard holds."""
     outputs.register_hook(lambda grad: torch.cat([grad[:, :1] * torch.inf, grad[:, 1:]], 1))
+
+
+def saved_in_windows(rank):
+    """Checkpointing steps once to build a state, each time for SGD, which has none."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(build())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = NoiseMonitor(optimizer, fixed(2, decision_interval=1))
+    for index, batch in enumerate(part(draw(4 * WINDOWS), rank)):
+        model.set_requires_gradient_sync(index % 2 == 1)
+        (loss_of(model, batch) / 2).backward()
+        get_optimizer_state_dict(model, optimizer)
+        if index % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    return [window.norms.count for window in windows_of(monitor)]
 
 
 class Sequential(nn.Module):
@@ -118,6 +136,7 @@ def other_rate_on_one_rank(rank):
 CASES = {
     "overflow": functools.partial(overflow_in_one_shard, tells=False),
     "overflow, told": functools.partial(overflow_in_one_shard, tells=True),
+    "saved": saved_in_windows,
     "external": functools.partial(sequence_parallel, kind="external"),
     "monitor": functools.partial(sequence_parallel, kind="monitor"),
     "other rate": other_rate_on_one_rank,
@@ -138,6 +157,11 @@ def test_an_overflow_in_one_ranks_shards_is_a_skipped_step_on_all(ranks, name):
     assert (micro_batches, updates) == (2 * WINDOWS, WINDOWS - 1)
     consumed = [2, 4, 4, 8, 10, 12]  # the schedule hears of the skipped window with the next one
     assert rates == pytest.approx([0.1 * 0.9**n for n in consumed])
+
+
+@NEEDS_FSDP2
+def test_a_state_that_is_taken_inside_a_window_leaves_it_as_it_is(ranks):
+    assert result(ranks, "saved") == [[4.0] * WINDOWS] * 2
 
 
 @pytest.mark.parametrize("kind", ["external", "monitor"])

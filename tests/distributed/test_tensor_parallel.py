@@ -25,7 +25,7 @@ from tests.distributed.test_ddp import (
     seen,
     watched,
 )
-from tests.optim.helpers import FEATURES, HIDDEN, OUTPUTS, draw, joined, loss_of, train
+from tests.optim.helpers import FEATURES, HIDDEN, OUTPUTS, draw, fixed, joined, loss_of, train
 
 TOKENS = 12
 
@@ -105,6 +105,31 @@ def flushed(rank):
     return seen(optimizer, net)
 
 
+def head():
+    torch.manual_seed(0)
+    return nn.Linear(FEATURES, HIDDEN).double()
+
+
+def warming_up(net):
+    """A schedule that starts at 0; of the first micro-batch only some outputs count."""
+    optimizer = NoiseAwareSGD(net.parameters(), lr=LR, noise=fixed(2))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(step / 4, 1.0))
+    counts = torch.arange(HIDDEN) < HIDDEN // RANKS
+    for index, (inputs, _) in enumerate(draw(8)):
+        (net(inputs).square() * (counts | (index > 0))).mean().backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return weights_of(net)
+
+
+def warming_up_in_parts(rank):
+    """Of those outputs the other rank holds none: all of its gradients are zero then."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+    plan = ColwiseParallel(output_layouts=Replicate())
+    return warming_up(parallelize_module(head(), mesh, plan))
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     cases = {
@@ -112,6 +137,7 @@ def ranks(tmp_path_factory):
         "dropout": tensor_parallel_dropout,
         "embedded": embedded,
         "flushed": flushed,
+        "warming up": warming_up_in_parts,
     }
     return run_on_ranks(cases, tmp_path_factory.mktemp("tensor_parallel"))
 
@@ -134,6 +160,11 @@ def test_it_is_applied_when_an_open_window_is_flushed(ranks):
     net = Embedded()
     train(net, torch.optim.SGD(net.parameters(), lr=LR), joined(draw(2), 2))
     torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-12)
+
+
+def test_a_rank_whose_parts_have_no_gradient_at_a_rate_of_zero_takes_the_micro_batch(ranks):
+    for weights in result(ranks, "warming up"):
+        torch.testing.assert_close(weights, warming_up(head()), rtol=0, atol=1e-12)
 
 
 def test_tensor_parallel_ranks_that_drop_out_the_same_units_are_told_nothing(ranks):

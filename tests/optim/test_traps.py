@@ -212,6 +212,24 @@ def test_the_zero_step_of_checkpointing_builds_the_state_and_is_not_counted(make
     assert optimizer.state_dict()["param_groups"][0]["noise"]["micro_batches"] == 8
 
 
+@pytest.mark.filterwarnings("ignore:the state was taken inside a window")
+@pytest.mark.parametrize("make", [NoiseAwareSGD, NoiseAwareAdamW])
+def test_inside_a_window_it_leaves_the_window_as_it_is(make):
+    """SGD has no state without momentum, so DCP calls step() for every checkpoint."""
+    batches = draw(8)
+    model, reference = build(), build()
+    optimizer = make(model.parameters(), lr=1e-2, noise=fixed(4))
+    plain = make.__bases__[1](reference.parameters(), lr=1e-2)
+    get_optimizer_state_dict(reference, plain)
+    for batch in batches:
+        with unchanged(model):
+            get_optimizer_state_dict(model, optimizer)
+        train(model, optimizer, [batch])
+    train(reference, plain, joined(batches, 4))
+    assert difference(model, reference) <= 1e-12
+    assert optimizer.num_updates == 2
+
+
 def test_a_micro_batch_of_zeros_at_a_rate_of_zero_is_one_of_its_window():
     """A schedule that starts at 0, and labels of which a micro-batch has none."""
     model = build()
