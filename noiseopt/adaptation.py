@@ -175,6 +175,7 @@ class Adaptation(Decides):
         extra: Tensor | None = None,
         at_once: bool = True,
         rates: Rates | None = None,
+        lead: float = math.inf,
     ) -> Row:
         """Make a window's row, summed over the ranks; see `Agreement.sum_`.
 
@@ -183,6 +184,7 @@ class Adaptation(Decides):
             extra: further numbers to sum over the ranks, in place.
             at_once: whether the sums are needed before the window is closed.
             rates: what its update scales by, where ranks may differ in it.
+            lead: see `Agreement.set_settings`.
 
         Raises:
             RuntimeError: ranks do not go together.
@@ -192,9 +194,14 @@ class Adaptation(Decides):
             row[SECONDS] = self._clock.tell()
         if self.ranks.all > 1:
             used = {} if rates is None else {"factors of the window's length": astuple(rates)}
-            self._agreement.set_settings({**self.settings(), **used})
+            self._agreement.set_settings({**self.settings(), **used}, lead)
             self._agreement.sum_(row, self.num_groups, extra, self.open_window, at_once)
         return row
+
+    @property
+    def followed(self) -> Mapping[str, object]:
+        """Other ranks' settings that the window's update is to be made with, if any are."""
+        return self._agreement.followed
 
     def close_window(self, row: Row, lr: Callable[[], float]) -> None:
         """Queue a window; decide if a decision is due.

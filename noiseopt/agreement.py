@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from noiseopt.capture import ENDED, Row, as_tensor, device_of, is_sharded, squared_norms
-from noiseopt.distributed import DIGESTS, Ranks, digest, spread
+from noiseopt.distributed import DIGESTS, Ranks, digest, refuse_differing, spread
 from noiseopt.estimate import NoiseEstimate, WindowNorms
 from noiseopt.parallel import ddp_around, ranks_of, refuse_join
 
@@ -31,6 +31,7 @@ CHECKS = 4  # numbers that show whether ranks go together
 CPU = torch.device("cpu")
 
 Facts = Mapping[str, object]
+Told = dict[str, Any]  # a rank's state, its settings, and how far it leads in these
 
 logger = logging.getLogger("noiseopt")
 
@@ -44,6 +45,8 @@ class Agreement:
 
     Attributes:
         ranks: those that take part.
+        followed: the settings of other ranks that the last sum's update is to be made with, where
+            this one is out of its turn.
     """
 
     def __init__(self, ranks: Ranks, on_error: Callable[[Exception], None]) -> None:
@@ -53,9 +56,11 @@ class Agreement:
         self._plain: list[Tensor] = []  # parameters beside FSDP2's, which every rank holds whole
         self._state: Facts = {}
         self._settings: Facts = {}
+        self._lead = math.inf
+        self.followed: Facts = {}
         self._digest = 0
         self._random: int | None = None
-        self._sums: list[tuple[Row, Facts]] = []  # of the checks, with what the digest was made of
+        self._sums: list[tuple[Row, Told]] = []  # of the checks, with what the digest was made of
         self._windows = 0
         self._end: Callable[[], None] | None = None
         self._with_same_data = 0
@@ -113,9 +118,15 @@ class Agreement:
         if self.ranks.all > 1:
             self._state, self._digest = state, digest(state)
 
-    def set_settings(self, settings: Facts) -> None:
-        """Say what this update is made with; it must be the same on all ranks."""
-        self._settings = settings
+    def set_settings(self, settings: Facts, lead: float = math.inf) -> None:
+        """Say what this update is made with; it must be the same on all ranks.
+
+        Args:
+            settings: by name.
+            lead: finite where this rank takes part out of its loop's turn: its micro-batches in the
+                window. Then those of the ranks with the most are followed, the same on these.
+        """
+        self._settings, self._lead = settings, lead
 
     def sum_(
         self, row: Row, num_groups: int, extra: Tensor | None, what: str, at_once: bool
@@ -140,12 +151,17 @@ class Agreement:
         """
         for module in self._ddp or ():
             refuse_join(module)
+        self.followed = {}
         if not self.ranks.sharded:
             _divide(row, slice(num_groups, 2 * num_groups), self.ranks.all)
         with self._telling_errors():
             self._finish()
             numbers = self._with_checks(row, num_groups, extra)
-            facts = {**self._state, **self._settings}
+            told = {
+                "state": self._state,
+                "settings": self._settings,
+                "lead": self._lead,
+            }
             end_sum = self.ranks.begin_sum_(numbers, what)
 
         def end() -> None:
@@ -156,12 +172,14 @@ class Agreement:
             row[:ENDED] = summed[: len(row) + ENDED]
             if self.ranks.model > 1:  # of counts no rank has a part
                 _divide(row, slice(2 * num_groups, ENDED), self.ranks.model)
-            self._sums.append((summed[len(row) : len(row) + 2 * CHECKS], facts))
+            self._sums.append((summed[len(row) : len(row) + 2 * CHECKS], told))
 
         self._end, self._windows = end, self._windows + 1
         if at_once or self._windows <= WINDOWS_AT_ONCE:
             with self._telling_errors():
                 self._finish()
+                if extra is not None:  # which the caller waits for
+                    self._read(together=True)
 
     def _with_checks(self, row: Row, num_groups: int, extra: Tensor | None) -> Tensor:
         """What is summed: the row, what shows whether ranks go together, its squares, and more.
@@ -215,7 +233,7 @@ class Agreement:
         lists: Any = [sums for sums, _ in read]
         if any(isinstance(sums, Tensor) for sums in lists):
             lists = torch.stack([*map(as_tensor, lists)]).tolist()
-        for sums, (_, facts) in zip(lists, read, strict=True):
+        for sums, (_, told) in zip(lists, read, strict=True):
             pairs = zip(sums[:CHECKS], sums[CHECKS:], strict=True)
             local, mean, state, drawn = (spread(a, b, self.ranks.all) for a, b in pairs)
             if mean > TOLERANCE:
@@ -229,18 +247,28 @@ class Agreement:
                     "may have been made with them already: go on from a checkpoint"
                 )
             if state > SAME:
-                self._stop_for_state(facts, together)
+                self._follow_or_stop(told, together)
             if self.ranks.data == 1:  # of one model's parts each sees the same
                 continue
             if not math.isnan(sums[0]):  # as in a window that is not measured
                 self._watch_data(local < SAME and sums[0] > 0)
             self._watch_randomness(drawn < SAME and sums[3] > 0)
 
-    def _stop_for_state(self, facts: Facts, together: bool) -> None:
+    def _follow_or_stop(self, own: Told, together: bool) -> None:
         what = "the state that decisions rest on, or the optimizer's settings"
-        if together:
-            self.ranks.compare(facts, what)
-        raise RuntimeError(f"ranks disagree on {what}")
+        if not together:
+            raise RuntimeError(f"ranks disagree on {what}")
+        told = self.ranks.gather(own, what)
+        first = max(each["lead"] for each in told)
+        leading = next(each["settings"] for each in told if each["lead"] == first)
+        for each in told:
+            if each["lead"] < first or first == 0:  # when nobody brings anything
+                each["settings"] = leading
+        refuse_differing([{**each["state"], **each["settings"]} for each in told], what)
+        if all(each["lead"] == math.inf for each in told):
+            raise RuntimeError(f"ranks disagree on {what}")
+        if own["lead"] < first:
+            self.followed = leading
 
     def _watch_data(self, same: bool) -> None:
         self._with_same_data = _in_a_row(self._with_same_data, same)

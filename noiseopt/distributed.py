@@ -157,19 +157,32 @@ class Ranks:
         Raises:
             RuntimeError: ranks differ; names what differs, and how.
         """
+        refuse_differing(self.gather(facts, what), what)
+
+    def gather(self, facts: Mapping[str, Any], what: str) -> list[dict[str, Any]]:
+        """What every rank says. This waits for the device."""
         told = [dict(facts)]
-        for group in self.groups:  # all of them before anyone raises, and leaves others waiting
+        for group in self.groups:
             gathered: list[list[dict[str, Any]]] = [[]] * dist.get_world_size(group)
             with self._named(what), self._on_device():
                 dist.all_gather_object(gathered, told, group=group)
             told = list(chain(*gathered))
-        names = sorted({name for each in told for name in each})
-        differing = [n for n in names if any(each.get(n) != told[0].get(n) for each in told)]
-        if differing:
-            lines = [f"{n}: {[each.get(n) for each in told]}" for n in differing[:8]]
-            raise RuntimeError(
-                f"ranks disagree on {what} (one value for each rank): " + "; ".join(lines)
-            )
+        return told
+
+
+def refuse_differing(told: Sequence[Mapping[str, Any]], what: str) -> None:
+    """See that ranks have said the same: on each, so that none leaves others waiting.
+
+    Raises:
+        RuntimeError: they differ; names what differs, and how.
+    """
+    names = sorted({name for each in told for name in each})
+    differing = [n for n in names if any(each.get(n) != told[0].get(n) for each in told)]
+    if differing:
+        lines = [f"{n}: {[each.get(n) for each in told]}" for n in differing[:8]]
+        raise RuntimeError(
+            f"ranks disagree on {what} (one value for each rank): " + "; ".join(lines)
+        )
 
 
 def sync_buffers(ddp_modules: Iterable[Any], groups: Sequence[Sequence[Tensor]]) -> None:

@@ -17,7 +17,7 @@ def runs_in(function: Callable[..., Any]) -> bool:
 
 
 def only_builds_state() -> bool:
-    """Whether a call of `step()` is the one by which checkpointing has an optimizer build its state.
+    """Whether this call of `step()` is checkpointing's, which has an optimizer build its state.
 
     torch.distributed.checkpoint calls it with zero gradients and a rate of 0, whenever the state is
     empty: before the first update or, without momentum, at any time. What it brings is no

@@ -152,7 +152,7 @@ class GradientCollector:
         closes = len(self) + 1 >= self._adaptation.steps
         if own:
             self._window.take_alone(groups, samples, weight, closes)
-            return self._reduce(groups, flushing=False)[0] if closes else None
+            return self._reduce(groups)[0] if closes else None
         self._settle(groups)
         norms = None if self._local is None else self._read_own(self._local, groups)
         measured = self._window.take(groups, samples, weight, closes, norms)
@@ -245,7 +245,7 @@ class GradientCollector:
         samples, weight = self._adaptation.samples_thrown_away()
         self._forget_micro_batch()
         self._window.leave_out(groups, samples, weight)
-        return self._reduce(groups, flushing=False)[0] if closes else None
+        return self._reduce(groups, late=True)[0] if closes else None
 
     def is_unstepped(self, groups: Groups) -> bool:
         """Whether the last micro-batch of `accumulate` was thrown away instead of stepped."""
@@ -303,8 +303,8 @@ class GradientCollector:
             big_columns(row).mul_(scale.square())
         return Ended(row, norm_of_mean(row), scale, steps)
 
-    def _reduce(self, groups: Groups, flushing: bool) -> tuple[Ended, bool]:
-        row, steps, done = reduce_window(self._window, groups, self._adaptation, flushing)
+    def _reduce(self, groups: Groups, **how: bool) -> tuple[Ended, bool]:
+        row, steps, done = reduce_window(self._window, groups, self._adaptation, **how)
         sync_buffers(self._adaptation.ddp_around(groups), groups)
         return Ended(row, norm_of_mean(row), None, steps), done
 

@@ -5,7 +5,7 @@ the closed-form ones. Scaled inside the step and taken back, it is exact for all
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,6 +48,14 @@ def settings_of(optimizer: Optimizer) -> dict[str, object]:
         for name, value in group.items()
         if name in optimizer.defaults and _is_plain(value)
     }
+
+
+def values_from(settings: Mapping[str, object], groups: Sequence[Group]) -> list[Group]:
+    """What `settings_of` another rank's optimizer says of each group."""
+    return [
+        {name: settings[key] for name in group if (key := f"{name} of group {index}") in settings}
+        for index, group in enumerate(groups)
+    ]
 
 
 def _is_plain(value: object) -> bool:

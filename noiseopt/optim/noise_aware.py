@@ -22,7 +22,7 @@ from noiseopt.control import NoiseConfig, group_names
 from noiseopt.optim.checks import check_group, check_step
 from noiseopt.optim.collector import GradientCollector
 from noiseopt.optim.ended import Ended
-from noiseopt.optim.hyper import decouples_weight_decay, settings_of
+from noiseopt.optim.hyper import decouples_weight_decay, overridden, settings_of, values_from
 from noiseopt.optim.kernels import give_up_fused, prefer_fused
 from noiseopt.optim.saving import SavesNoise
 from noiseopt.optim.unsure import UnsureUpdates
@@ -156,11 +156,10 @@ class NoiseAware(AppliesMeans):
             self._start(adaptation)
         ended = self._collector.take_unstepped(groups)
         if ended is not None:
-            self._finish(ended)
-            self.zero_grad()
+            self._finish_out_of_turn(ended)
 
     def flush(self) -> bool:
-        """Apply an open window as it is, for instance at the end of the data.
+        """Apply an open window as it is, for instance at the end of the data, and clear gradients.
 
         With `NoiseConfig(gradients="local")` it goes on to take part in the other ranks' windows
         until every rank has called it. Otherwise all ranks must have had as many micro-batches.
@@ -181,7 +180,7 @@ class NoiseAware(AppliesMeans):
         windows = 0
         with torch.no_grad():
             for ended in self._collector.flush(self._all_params()):
-                self._finish(ended)
+                self._finish_out_of_turn(ended)
                 windows += 1
         return windows > 0
 
@@ -224,6 +223,14 @@ class NoiseAware(AppliesMeans):
         ended = self._collector.take(self._all_params())
         if ended is not None:
             self._finish(ended)
+
+    def _finish_out_of_turn(self, ended: Ended) -> None:
+        """Apply what no `step()` of this rank's loop ends: at other ranks' rates, if they lead."""
+        assert self._adaptation is not None
+        groups = self.param_groups
+        with overridden(groups, values_from(self._adaptation.followed, groups)):
+            self._finish(ended)
+        self.zero_grad()  # which a loop does after its step()
 
     def _finish(self, ended: Ended) -> None:
         """Apply the mean that `p.grad` holds, and close the window."""

@@ -32,7 +32,11 @@ Groups = Sequence[Sequence[Tensor]]
 
 
 def reduce_window(
-    window: GradientWindow, groups: Groups, adaptation: Adaptation, flushing: bool
+    window: GradientWindow,
+    groups: Groups,
+    adaptation: Adaptation,
+    flushing: bool = False,
+    late: bool = False,
 ) -> tuple[Tensor, int, bool]:
     """End a window of every rank's own gradients, leaving the mean over all in `p.grad`.
 
@@ -44,6 +48,7 @@ def reduce_window(
         groups: the parameters of each group.
         adaptation: agrees with the other ranks.
         flushing: whether this rank has no more micro-batches to come.
+        late: whether its loop has gone on since, as after a step that was skipped.
 
     Returns:
         The window's row, its micro-batches on each rank, and whether no rank has more to come.
@@ -52,12 +57,13 @@ def reduce_window(
         RuntimeError: a gradient is sparse, or a rank does not take part.
     """
     params = [param for group in groups for param in group]
+    lead = len(window) if flushing or late else math.inf
     measured, sums = window.hand_out(groups)
     sparse = sum(total.layout != torch.strided for total in sums.values())
     flags = [*(param in sums for param in params), flushing, sparse]
     told = torch.tensor(flags, dtype=sum_dtype(window.device), device="cpu")
     told = moved(told, window.device, told.dtype)
-    row = as_tensor(adaptation.agree(measured, told))
+    row = as_tensor(adaptation.agree(measured, told, lead=lead))
     numbers = torch.cat([told, row]).tolist()
     *ranks_with, done, sparse = numbers[: len(flags)]
     if sparse:

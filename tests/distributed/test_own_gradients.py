@@ -90,6 +90,42 @@ def uneven(rank, steps=2, reduction="mean"):
     return seen(optimizer, net) | {"flushed": flushed, "again": optimizer.flush()}
 
 
+def falling(optimizer):
+    """A schedule of which no two steps have the same rate."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+
+def uneven_and_scheduled(rank):
+    """Each rank's schedule goes by its own micro-batches."""
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=fixed_local(2))
+    schedule, wrapped = falling(optimizer), DistributedDataParallel(net)
+    for batch in uneven_batches(rank):
+        loop(optimizer, wrapped, [batch], counts=True)
+        schedule.step()
+    optimizer.flush()
+    return seen(optimizer, net) | {"rate": optimizer.param_groups[0]["lr"]}
+
+
+def uneven_epochs(rank):
+    """The schedule goes by updates, and so do the next epoch's on all ranks."""
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=fixed_local(2))
+    schedule, wrapped = falling(optimizer), DistributedDataParallel(net)
+
+    def catch_up():
+        while schedule.last_epoch < optimizer.num_updates:
+            schedule.step()
+
+    for _ in range(2):
+        for batch in uneven_batches(rank):
+            loop(optimizer, wrapped, [batch], counts=True)
+            catch_up()
+        optimizer.flush()
+        catch_up()
+    return seen(optimizer, net)
+
+
 def no_data(rank):
     """One rank has nothing at all."""
     net = build()
@@ -176,10 +212,11 @@ def scaled(rank):
     return seen(optimizer, net)
 
 
-def scaler_that_skips(rank, skipped, set_to_none=True):
+def scaler_that_skips(rank, skipped, set_to_none=True, schedules=False):
     """An overflow on one rank, whose GradScaler leaves step() out there and nowhere else."""
     net = build(torch.float32)
     optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
+    schedule = falling(optimizer) if schedules else None
     scaler, wrapped = GradScaler("cpu", init_scale=2.0), DistributedDataParallel(net)
     for index, batch in enumerate(part(draw(12 * RANKS, dtype=torch.float32), rank)):
         with optimizer.accumulate(wrapped):
@@ -188,6 +225,8 @@ def scaler_that_skips(rank, skipped, set_to_none=True):
         scaler.step(optimizer)
         scaler.update(2.0)
         optimizer.zero_grad(set_to_none)
+        if schedule is not None:
+            schedule.step()
     optimizer.flush()
     return seen(optimizer, net)
 
@@ -425,6 +464,8 @@ CASES = {
     "adaptive": adaptive_run,
     "uneven": uneven,
     "uneven sums": functools.partial(uneven, reduction="sum"),
+    "uneven and scheduled": uneven_and_scheduled,
+    "uneven epochs": uneven_epochs,
     "uneven ones": functools.partial(uneven, steps=1),
     "no data": no_data,
     "static and local": static_and_local,
@@ -436,6 +477,7 @@ CASES = {
     "skip last": functools.partial(scaler_that_skips, skipped=(3, 7)),
     "skip two": functools.partial(scaler_that_skips, skipped=(2, 3)),
     "skip end": functools.partial(scaler_that_skips, skipped=(11,)),
+    "skip last, scheduled": functools.partial(scaler_that_skips, skipped=(3, 7), schedules=True),
     "skip to zeros": functools.partial(scaler_that_skips, skipped=(2,), set_to_none=False),
     **{
         f"counted before {before}": functools.partial(skipped_and_counted, before=before)
@@ -538,6 +580,37 @@ def test_uneven_data_loses_no_sample_and_hangs_no_rank(ranks, name, steps, count
     assert not second["again"]
 
 
+def train_unevenly(net, optimizer, rates):
+    """The windows of two by hand, each at its rate."""
+    batches = [uneven_batches(rank) for rank in range(RANKS)]
+    for at, rate in zip(range(0, len(SIZES[0]), 2), rates, strict=True):
+        optimizer.param_groups[0]["lr"] = rate
+        window = [batch for rank in batches for batch in rank[at : at + 2]]
+        train(net, optimizer, [tuple(torch.cat(parts) for parts in zip(*window, strict=True))])
+
+
+def test_a_rank_without_data_goes_by_the_rates_of_those_that_have_some(ranks):
+    first, second = result(ranks, "uneven and scheduled")
+    assert_agreed(first, second)
+    net = build()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=LR)
+    train_unevenly(net, optimizer, [LR / (1 + micro_batch) for micro_batch in (1, 3, 5, 7)])
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-10)
+    assert [d.lr for d in first["decisions"]] == [d.lr for d in second["decisions"]]
+    assert first["rate"] == pytest.approx(LR / 8)  # each schedule's own again
+    assert second["rate"] == pytest.approx(LR / 6)
+
+
+def test_schedules_by_updates_go_on_alike_after_uneven_data(ranks):
+    first, second = result(ranks, "uneven epochs")
+    assert_agreed(first, second)
+    net = build()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=LR)
+    train_unevenly(net, optimizer, [LR / (1 + update) for update in range(4)])
+    train_unevenly(net, optimizer, [LR / (1 + update) for update in range(4, 8)])
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-10)
+
+
 def test_a_rank_without_data_takes_part(ranks):
     first, second = result(ranks, "no data")
     assert_agreed(first, second)
@@ -590,6 +663,7 @@ def test_loss_scales_that_differ_between_ranks_and_steps(ranks):
     [
         ("skip one", (2,)),
         ("skip last", (3, 7)),
+        ("skip last, scheduled", (3, 7)),
         ("skip two", (2, 3)),
         ("skip end", (11,)),
         ("skip to zeros", (2,)),
@@ -602,6 +676,8 @@ def test_a_grad_scaler_that_skips_on_one_rank_leaves_out_that_alone(ranks, name,
     optimizer = torch.optim.AdamW(net.parameters(), lr=LR)
     both = draw(12 * RANKS, dtype=torch.float32)
     for at in range(0, 12, 2):
+        if "scheduled" in name:
+            optimizer.param_groups[0]["lr"] = LR / (2 + at)
         left = [
             both[step * RANKS + rank]
             for step in (at, at + 1)

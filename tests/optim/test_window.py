@@ -646,6 +646,19 @@ def test_flush_applies_the_mean_of_what_is_there(left):
     assert difference(model, reference) <= EXACT
 
 
+def test_what_was_flushed_is_in_no_window_after_it():
+    """A loop that clears gradients after each step() does not after flush()."""
+    batches = draw(STEPS + 1)
+    model, reference = build(), build()
+    optimizer = NoiseAwareAdamW(model.parameters(), noise=advise(STEPS))
+    plain = torch.optim.AdamW(reference.parameters())
+    for _ in range(2):  # epochs
+        train(model, optimizer, batches)
+        optimizer.flush()
+        train(reference, plain, [*joined(batches[:STEPS], STEPS), batches[-1]])
+    assert difference(model, reference) <= EXACT
+
+
 def test_flush_of_an_empty_window_does_nothing():
     model = build()
     for noise in ("off", "auto", advise(4)):
