@@ -5,6 +5,7 @@ are spread over ranks and micro-batches.
 """
 
 import functools
+import logging
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -31,6 +32,7 @@ from tests.distributed.test_ddp import (
     assert_same_windows,
     measured,
     seen,
+    watched,
 )
 from tests.optim.helpers import advise, build, draw, joined, loss_of, train
 
@@ -58,6 +60,91 @@ def run(rank, wrap=DistributedDataParallel, steps=3, dtype=torch.float64, config
     wrapped = wrap(net, **ways)
     loop(optimizer, wrapped, batches, accumulates=config is None)
     return seen(optimizer, net)
+
+
+def estimated(rank, wrap, dtype, accumulates=True):
+    """The estimate at weights that stand still, as good as."""
+    net = wrap(build(dtype))
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=1e-9, noise=measured(2))
+    loop(optimizer, net, part(draw(STEPS * RANKS, dtype=dtype), rank), accumulates=accumulates)
+    return optimizer.noise
+
+
+def assert_estimated(found, dtype, rel):
+    """Both ranks estimate what one process on the same samples does."""
+    first, second = found
+    assert first == second
+    net = build(dtype)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=1e-9, noise=measured(2 * RANKS))
+    train(net, optimizer, draw(STEPS * RANKS, dtype=dtype))
+    for name in ("scale", "signal", "trace"):
+        assert getattr(first, name) == pytest.approx(getattr(optimizer.noise, name), rel=rel)
+
+
+TYPES = {"fp32": (torch.float32, 1e-5), "bf16": (torch.bfloat16, 1e-2)}
+
+
+def guarded(rank, wrap, same_data, same_randomness, accumulates=True):
+    """What is logged where ranks see the same data, or drop out the same units."""
+    messages = []
+    handler = watched(messages)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 64), nn.Dropout(0.5), nn.Linear(64, 3)).double()
+    wrapped = wrap(net)
+    if not same_randomness:
+        torch.manual_seed(rank)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR / 10, noise=measured(2))
+    batches = draw(48) if same_data else part(draw(48 * RANKS), rank)
+    loop(optimizer, wrapped, batches, accumulates=accumulates)
+    logging.getLogger("noiseopt").removeHandler(handler)
+    return [message for message in messages if "ranks" in message and "noise advise" not in message]
+
+
+GUARDED = {
+    "same data": {"same_data": True, "same_randomness": True},
+    "same dropout": {"same_data": False, "same_randomness": True},
+    "different": {"same_data": False, "same_randomness": False},
+}
+
+
+def assert_told(found, name):
+    """Rank 0 says each thing once, in the order in which it is seen."""
+    first, second = found
+    words = {
+        "same data": ["see the same data", "draw the same random numbers"],
+        "same dropout": ["draw the same random numbers"],
+        "different": [],
+    }[name]
+    assert len(first) == len(words)
+    assert all(word in message for word, message in zip(words, first, strict=True))
+    assert second == []
+
+
+def raises_inside(rank, after):
+    """One rank's micro-batch raises inside `accumulate`, and its loop goes on with the next."""
+    group = dist.new_group(timeout=timedelta(seconds=60))
+    net = build()
+    config = fixed_local(2)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=config, process_group=group)
+    wrapped = DistributedDataParallel(net)
+    for index, batch in enumerate(part(draw(6 * RANKS), rank)):
+        bad = rank == 1 and index == BAD
+        try:
+            with optimizer.accumulate(wrapped):
+                if not (bad and not after):
+                    loss_of(wrapped, batch).backward()
+                if bad:
+                    raise ValueError("a bad sample")
+        except ValueError:
+            optimizer.zero_grad()
+            continue
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.flush()
+    return seen(optimizer, net)
+
+
+BAD = 2
 
 
 def adaptive_run(rank):
@@ -385,6 +472,45 @@ def weighed_by_tokens(rank):
     return seen(optimizer, net)
 
 
+def sums_of_tokens(rank, wrap, accumulates):
+    """Losses that are summed over tokens, of which samples have other numbers."""
+    net = wrap(build())
+    config = replace(advise(2, decision_interval=1), loss_reduction="sum")
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=config)
+    for batch, tokens in zip(draw(4, TOKEN_SIZES[rank], seed=rank), TOKENS[rank], strict=True):
+        optimizer.set_samples(len(batch[0]), weight=tokens)
+        loop(
+            optimizer,
+            net,
+            [batch],
+            loss=lambda model, batch, tokens=tokens: tokens * loss_of(model, batch),
+            accumulates=accumulates,
+        )
+    return seen(optimizer, net)
+
+
+TOKEN_SIZES = ([4, 1, 2, 6], [3, 5, 2, 1])
+
+
+def assert_weighed_by_tokens(found, sizes):
+    """The weights are those of AdamW on the mean over all tokens, wherever they are."""
+    first, second = found
+    assert_agreed(first, second)
+    net = build()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=LR)
+    parts = [
+        list(zip(draw(4, sizes[rank], seed=rank), TOKENS[rank], strict=True))
+        for rank in range(RANKS)
+    ]
+    for window in (slice(2), slice(2, 4)):
+        pairs = [pair for part in parts for pair in part[window]]
+        total = sum(tokens for _, tokens in pairs)
+        sum(loss_of(net, batch) * tokens / total for batch, tokens in pairs).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-10)
+
+
 def mixed(rank):
     net = build()
     optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(3))
@@ -451,6 +577,12 @@ def missing_rank(rank):
     return str(caught.value)
 
 
+WRAPS = {"DDP": DistributedDataParallel, "not wrapped": unwrapped}
+SUMMING = {
+    **{name: {"wrap": wrap, "accumulates": True} for name, wrap in WRAPS.items()},
+    "every micro-batch": {"wrap": DistributedDataParallel, "accumulates": False},
+}
+
 CASES = {
     **{way: functools.partial(run, **kwargs) for way, kwargs in WAYS.items()},
     "not wrapped": functools.partial(run, wrap=unwrapped),
@@ -459,8 +591,24 @@ CASES = {
         run, wrap=unwrapped, config=replace(measured(1), gradients="local")
     ),
     "window of one": functools.partial(run, steps=1),
-    "fp32": functools.partial(run, dtype=torch.float32),
-    "bf16": functools.partial(run, dtype=torch.bfloat16),
+    **{
+        f"{name}, {of}": functools.partial(run, wrap=wrap, dtype=dtype)
+        for name, (dtype, _) in TYPES.items()
+        for of, wrap in WRAPS.items()
+    },
+    **{
+        f"estimate, {name}, {of}": functools.partial(estimated, wrap=wrap, dtype=dtype)
+        for name, (dtype, _) in TYPES.items()
+        for of, wrap in WRAPS.items()
+    },
+    **{
+        f"{name}, {of}": functools.partial(guarded, wrap=wrap, **same)
+        for name, same in GUARDED.items()
+        for of, wrap in WRAPS.items()
+    },
+    "raises before": functools.partial(raises_inside, after=False),
+    "raises after": functools.partial(raises_inside, after=True),
+    **{f"sums, {name}": functools.partial(sums_of_tokens, **how) for name, how in SUMMING.items()},
     "adaptive": adaptive_run,
     "uneven": uneven,
     "uneven sums": functools.partial(uneven, reduction="sum"),
@@ -530,12 +678,19 @@ def test_windows_of_one(ranks, name):
     torch.testing.assert_close(first["weights"], expected["weights"], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize(("name", "rel"), [("fp32", 1e-5), ("bf16", 1e-2)])
-def test_in_the_types_that_models_have(ranks, name, rel):
-    first, second = result(ranks, name)
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("name", TYPES)
+def test_in_the_types_that_models_have(ranks, name, wrap):
+    first, second = result(ranks, f"{name}, {wrap}")
     assert_agreed(first, second)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
-    assert_same_windows(first["windows"][:1], alone(3, dtype)["windows"][:1], rel)
+    dtype, rel = TYPES[name]
+    assert_same_windows(first["windows"], alone(3, dtype)["windows"], rel)
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("name", TYPES)
+def test_the_estimate_in_the_types_that_models_have(ranks, name, wrap):
+    assert_estimated(result(ranks, f"estimate, {name}, {wrap}"), *TYPES[name])
 
 
 def test_an_adaptive_run_ends_where_one_process_on_the_same_samples_does(ranks):
@@ -759,18 +914,35 @@ def test_windows_of_one_are_weighted_by_samples_too(ranks):
 
 
 def test_tokens_weigh_the_mean_over_ranks_and_micro_batches(ranks):
-    first, second = result(ranks, "weighed by tokens")
+    assert_weighed_by_tokens(result(ranks, "weighed by tokens"), (4, 4))
+
+
+@pytest.mark.parametrize("name", SUMMING)
+def test_sums_over_tokens_are_divided_by_the_tokens_of_all(ranks, name):
+    found = result(ranks, f"sums, {name}")
+    assert_weighed_by_tokens(found, TOKEN_SIZES)
+    assert [window.norms.samples for window in found[0]["windows"]] == [13, 11]
+
+
+@pytest.mark.parametrize("name", ["raises before", "raises after"])
+def test_a_micro_batch_that_raises_on_one_rank_is_left_out_there_alone(ranks, name):
+    first, second = result(ranks, name)
     assert_agreed(first, second)
+    assert [w.norms.count for w in first["windows"]] == [4, 4, 3]
     net = build()
     optimizer = torch.optim.AdamW(net.parameters(), lr=LR)
-    parts = [list(zip(draw(4, seed=rank), TOKENS[rank], strict=True)) for rank in range(RANKS)]
-    for window in (slice(2), slice(2, 4)):
-        pairs = [pair for part in parts for pair in part[window]]
-        total = sum(tokens for _, tokens in pairs)
-        sum(loss_of(net, batch) * tokens / total for batch, tokens in pairs).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    one, other = (part(draw(6 * RANKS), rank) for rank in range(RANKS))
+    del other[BAD]
+    for at in range(0, 6, 2):
+        window = [*one[at : at + 2], *other[at : at + 2]]
+        train(net, optimizer, [tuple(torch.cat(parts) for parts in zip(*window, strict=True))])
     torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("name", GUARDED)
+def test_ranks_that_are_too_much_alike_are_told_so_once(ranks, wrap, name):
+    assert_told(result(ranks, f"{name}, {wrap}"), name)
 
 
 @pytest.mark.parametrize(
