@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 
 from noiseopt import NoiseAwareAdamW, NoiseAwareSGD
+from noiseopt.record import DecisionLog, read, replay
 from tests.distributed.ranks import NEEDS_FSDP2, RANKS, part, result, run_on_ranks, weights_of
 from tests.distributed.test_ddp import LR, adaptive_config, assert_agreed, seen, watched
 from tests.distributed.test_fsdp2 import shard
@@ -160,8 +161,66 @@ def saved_in_windows(rank, wrap, accumulates):
     return weights_of(net), optimizer.num_updates
 
 
+class InAFile(Plain):
+    """The same through a file that rank 0 writes and all read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def save(self, net, optimizer):
+        if dist.get_rank() == 0:
+            torch.save(super().save(net, optimizer), self.path)
+        dist.barrier()
+
+    def load(self, net, optimizer, saved):
+        super().load(net, optimizer, torch.load(self.path, weights_only=False))
+
+
+def ways(folder):
+    """How a run is saved that goes on on more ranks, by name."""
+    return {
+        "DDP": {"wrap": DistributedDataParallel, "way": InAFile(folder / "state.pt")},
+        "FSDP2": {"wrap": shard, "way": OnDisk(str(folder / "grown"))},
+    }
+
+
+def record_of(folder, name):
+    return folder / name / "decisions.jsonl"
+
+
+def begun_alone(rank, wrap, way, path):
+    """A run on one rank, in windows of two, which ends as it is saved."""
+    net, optimizer = start(wrap, scale=RANKS)
+    optimizer.add_observer(DecisionLog(path))
+    taken = to_a_boundary(net, optimizer, draw(BEFORE + 16))
+    way.save(net, optimizer)
+    again, other = start(wrap, scale=RANKS)
+    way.load(again, other, None)
+    return {"taken": taken, "weights": weights_of(net), "noise": other.noise}
+
+
+def gone_on(rank, wrap, way, path):
+    """What is loaded of it, and how it goes on."""
+    net, optimizer = start(wrap, scale=RANKS)
+    messages = []
+    logging.getLogger("noiseopt").setLevel(logging.INFO)
+    handler = watched(messages)
+    way.load(net, optimizer, None)
+    logging.getLogger("noiseopt").removeHandler(handler)
+    logging.getLogger("noiseopt").setLevel(logging.WARNING)
+    loaded = {"weights": weights_of(net), "noise": optimizer.noise}
+    if rank == 0:
+        optimizer.add_observer(DecisionLog(path, resume=True))
+    train(net, optimizer, part(draw(AFTER * RANKS, seed=9), rank))
+    return seen(optimizer, net) | {"messages": messages, "loaded": loaded}
+
+
 def cases(folder):
     return {
+        **{
+            f"{name} on more": functools.partial(gone_on, path=record_of(folder, name), **how)
+            for name, how in ways(folder).items()
+        },
         "plain": functools.partial(resumed, wrap=DistributedDataParallel, way=Plain()),
         "rank 0": functools.partial(resumed, wrap=DistributedDataParallel, way=OneOnly()),
         "ddp": functools.partial(resumed, wrap=DistributedDataParallel, way=Distributed()),
@@ -181,8 +240,21 @@ def cases(folder):
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoints")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def one(folder):
+    begun = {
+        name: functools.partial(begun_alone, path=record_of(folder, name), **how)
+        for name, how in ways(folder).items()
+    }
+    return run_on_ranks(begun, folder, ranks=1)
+
+
+@pytest.fixture(scope="module")
+def ranks(folder, one):
     return run_on_ranks(cases(folder), folder)
 
 
@@ -228,6 +300,34 @@ def test_fewer_ranks_go_on_with_the_same_estimate_and_batch(ranks):
     if now.action == "hold":
         assert now.batch == pytest.approx(last.batch)
         assert now.rates.beta2 == pytest.approx(last.rates.beta2)
+
+
+@pytest.mark.parametrize("name", ["DDP", pytest.param("FSDP2", marks=NEEDS_FSDP2)])
+def test_more_ranks_go_on_as_one_would_have(ranks, one, folder, name):
+    """From one rank to two: windows half as long, of the same samples, and in one record."""
+    (begun,) = result(one, name)
+    first, second = result(ranks, f"{name} on more")
+    assert_agreed(first, second)
+    for each in (first, second):
+        assert torch.equal(each["loaded"]["weights"], begun["weights"])
+        assert each["loaded"]["noise"] == begun["noise"]
+        assert any("goes on on 2 instead of 1 ranks" in message for message in each["messages"])
+    net, optimizer = start(lambda net: net, scale=RANKS)
+    train(net, optimizer, draw(BEFORE + 16)[: begun["taken"]])
+    before = len(optimizer.decisions)
+    train(net, optimizer, draw(AFTER * RANKS, seed=9))
+    expected = list(optimizer.decisions)[before:]
+    assert len(first["decisions"]) > 0
+    assert [d.ranks for d in first["decisions"]] == [RANKS] * len(expected)
+    assert [d.action for d in first["decisions"]] == [d.action for d in expected]
+    assert [d.batch for d in first["decisions"]] == [d.batch for d in expected]
+    assert [d.num_updates for d in first["decisions"]] == [d.num_updates for d in expected]
+    assert first["decisions"][-1].noise.scale == pytest.approx(expected[-1].noise.scale, rel=1e-9)
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-9)
+    record = read(record_of(folder, name))
+    assert [stretch.start.state.num_ranks for stretch in record.stretches] == [1, RANKS]
+    assert [d.ranks for d in record.decisions] == [1] * before + [RANKS] * len(expected)
+    assert all(replayed.same for replayed in replay(record))
 
 
 def test_a_state_that_only_some_ranks_have_loaded_is_an_error(ranks):

@@ -695,9 +695,8 @@ def test_in_the_types_that_models_have(ranks, name, rel):
     assert_agreed(first, second)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
     expected = alone(2, dtype)
-    assert_same_windows(first["windows"][:1], expected["windows"][:1], rel)
-    if name == "fp32":
-        assert_same_windows(first["windows"], expected["windows"], 1e-4)
+    known = None if name == "fp32" else 1  # bf16 weights round apart from the first update on
+    assert_same_windows(first["windows"][:known], expected["windows"][:known], rel)
 
 
 def test_layers_that_get_no_gradient_on_some_steps(ranks):

@@ -40,7 +40,18 @@ from tests.distributed.test_ddp import (
     measured,
     seen,
 )
-from tests.distributed.test_own_gradients import loop
+from tests.distributed.test_own_gradients import (
+    GUARDED,
+    TOKEN_SIZES,
+    TYPES,
+    assert_estimated,
+    assert_told,
+    assert_weighed_by_tokens,
+    estimated,
+    guarded,
+    loop,
+    sums_of_tokens,
+)
 from tests.distributed.test_tensor_parallel import Block, Embedded, split
 from tests.optim.helpers import build, draw, joined, loss_of, train
 
@@ -376,6 +387,16 @@ def hybrid(rank, replicate, steps=2, accumulates=False):
     return sharded_run(rank, steps=steps, mesh=mesh, accumulates=accumulates)
 
 
+NARROW = {
+    "fp32": {"dtype": torch.float32},
+    "bf16": {
+        "dtype": torch.float32,
+        "mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32),
+    },
+    "bf16 reduced": {"dtype": torch.float32, "mp_policy": MixedPrecisionPolicy(torch.bfloat16)},
+    "bf16 held": {"dtype": torch.bfloat16},
+}
+
 CASES = {
     **{
         f"{name} {steps} {accumulates}": functools.partial(
@@ -385,20 +406,33 @@ CASES = {
         for steps in (1, 3)
         for accumulates in (False, True)
     },
-    "fp32": functools.partial(sharded_run, steps=2, dtype=torch.float32),
-    "bf16 False": functools.partial(
-        sharded_run,
-        steps=2,
-        dtype=torch.float32,
-        mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32),
-    ),
-    "bf16 True": functools.partial(
-        sharded_run,
-        steps=2,
-        dtype=torch.float32,
-        accumulates=True,
-        mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32),
-    ),
+    **{
+        f"{name} {accumulates}": functools.partial(
+            sharded_run, steps=2, accumulates=accumulates, **kwargs
+        )
+        for name, kwargs in NARROW.items()
+        for accumulates in (False, True)
+    },
+    **{
+        f"estimate {name} {accumulates}": functools.partial(
+            estimated, wrap=shard, dtype=dtype, accumulates=accumulates
+        )
+        for name, (dtype, _) in TYPES.items()
+        for accumulates in (False, True)
+    },
+    **{
+        f"{name} {accumulates}": functools.partial(
+            guarded, wrap=shard, accumulates=accumulates, **same
+        )
+        for name, same in GUARDED.items()
+        for accumulates in (False, True)
+    },
+    **{
+        f"tokens {accumulates}": functools.partial(
+            sums_of_tokens, wrap=shard, accumulates=accumulates
+        )
+        for accumulates in (False, True)
+    },
     "adaptive False": functools.partial(adaptive_run, accumulates=False),
     "adaptive True": functools.partial(adaptive_run, accumulates=True),
     **{f"frozen {at}": functools.partial(frozen_after_building, at=at) for at in (0, 1)},
@@ -461,14 +495,31 @@ def test_hybrid_meshes_count_shards_once_and_replicas_once(ranks, name):
     assert_as_alone(result(ranks, name), 2)
 
 
-@pytest.mark.parametrize(
-    ("name", "rel"), [("fp32", 1e-5), ("bf16 False", 1e-2), ("bf16 True", 1e-2)]
-)
-def test_in_the_types_that_models_have(ranks, name, rel):
-    first, second = result(ranks, name)
+@pytest.mark.parametrize("accumulates", [False, True])
+@pytest.mark.parametrize("name", NARROW)
+def test_in_the_types_that_models_have(ranks, name, accumulates):
+    first, second = result(ranks, f"{name} {accumulates}")
     assert_agreed(first, second)
-    expected = alone(2, torch.float32)
+    expected = alone(2, NARROW[name]["dtype"])
+    rel = 1e-5 if name == "fp32" else 1e-2
     assert_same_windows(first["windows"][:1], expected["windows"][:1], rel)
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+@pytest.mark.parametrize("name", TYPES)
+def test_the_estimate_in_the_types_that_models_have(ranks, name, accumulates):
+    assert_estimated(result(ranks, f"estimate {name} {accumulates}"), *TYPES[name])
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+@pytest.mark.parametrize("name", GUARDED)
+def test_ranks_that_are_too_much_alike_are_told_so_once(ranks, name, accumulates):
+    assert_told(result(ranks, f"{name} {accumulates}"), name)
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_sums_over_tokens_are_divided_by_the_tokens_of_all(ranks, accumulates):
+    assert_weighed_by_tokens(result(ranks, f"tokens {accumulates}"), TOKEN_SIZES)
 
 
 @pytest.mark.parametrize("accumulates", [False, True])

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -172,7 +173,42 @@ def sharded(rank):
     return [optimizer.param_groups[0]["fused"] for optimizer in made]
 
 
+def by_fsdp1(rank, use_orig_params):
+    """FSDP2's predecessor, with flat parameters or with views of them."""
+    device = torch.device("cpu")
+    model = FullyShardedDataParallel(build(), use_orig_params=use_orig_params, device_id=device)
+    return refusal(of(model))
+
+
+def alike():
+    """As many layers of one shape as there are ranks, each of which would update one."""
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(6, 6, dtype=torch.float64) for _ in range(RANKS)))
+
+
+def by_zero_redundancy(rank, build, **kwargs):
+    """Optimizers of the ranks' own parts of the parameters, made for them by torch."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # whose import warns
+
+    wrapped = DistributedDataParallel(build())
+    before = params_of(wrapped)
+
+    def train_once():
+        optimizer = ZeroRedundancyOptimizer(
+            wrapped.parameters(), optimizer_class=NoiseAwareAdamW, lr=0.1, **kwargs
+        )
+        wrapped(draw(RANKS)[rank][0]).square().mean().backward()
+        optimizer.step()
+
+    return refusal(train_once), same_bits(before, params_of(wrapped))
+
+
 CASES = {
+    "FSDP1": functools.partial(by_fsdp1, use_orig_params=False),
+    "FSDP1, views": functools.partial(by_fsdp1, use_orig_params=True),
+    "ZeRO": functools.partial(by_zero_redundancy, build=build),
+    "ZeRO, alike": functools.partial(by_zero_redundancy, build=alike),
+    "ZeRO, settings": functools.partial(by_zero_redundancy, build=build, noise="advise"),
     "uneven windows": functools.partial(uneven_windows, monitors=False),
     "monitored": functools.partial(uneven_windows, monitors=True),
     "sharded": sharded,
@@ -244,6 +280,27 @@ def test_so_are_those_that_a_monitor_scales(ranks):
     """After the update, which is the loop's own."""
     for refused, _ in result(ranks, "monitored"):
         assert "factors of the window's length: [" in refused
+
+
+@pytest.mark.parametrize("name", ["FSDP1", "FSDP1, views"])
+def test_fsdp1_is_refused(ranks, name):
+    for refused in result(ranks, name):
+        assert "FullyShardedDataParallel (FSDP1)" in refused
+        assert "fully_shard" in refused
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("ZeRO", "digest of the parameters' shapes and types: ["),
+        ("ZeRO, alike", "squared norm of the parameters: ["),
+        ("ZeRO, settings", "ZeroRedundancyOptimizer, which are not supported"),
+    ],
+)
+def test_zero_redundancy_is_refused_before_anything_changes(ranks, name, words):
+    for refused, unchanged in result(ranks, name):
+        assert words in refused
+        assert unchanged
 
 
 @NEEDS_FSDP2

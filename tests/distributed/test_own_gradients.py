@@ -578,7 +578,7 @@ def missing_rank(rank):
 
 
 WRAPS = {"DDP": DistributedDataParallel, "not wrapped": unwrapped}
-SUMMING = {
+LOOPS = {
     **{name: {"wrap": wrap, "accumulates": True} for name, wrap in WRAPS.items()},
     "every micro-batch": {"wrap": DistributedDataParallel, "accumulates": False},
 }
@@ -597,9 +597,9 @@ CASES = {
         for of, wrap in WRAPS.items()
     },
     **{
-        f"estimate, {name}, {of}": functools.partial(estimated, wrap=wrap, dtype=dtype)
+        f"estimate, {name}, {of}": functools.partial(estimated, dtype=dtype, **how)
         for name, (dtype, _) in TYPES.items()
-        for of, wrap in WRAPS.items()
+        for of, how in LOOPS.items()
     },
     **{
         f"{name}, {of}": functools.partial(guarded, wrap=wrap, **same)
@@ -608,7 +608,7 @@ CASES = {
     },
     "raises before": functools.partial(raises_inside, after=False),
     "raises after": functools.partial(raises_inside, after=True),
-    **{f"sums, {name}": functools.partial(sums_of_tokens, **how) for name, how in SUMMING.items()},
+    **{f"sums, {name}": functools.partial(sums_of_tokens, **how) for name, how in LOOPS.items()},
     "adaptive": adaptive_run,
     "uneven": uneven,
     "uneven sums": functools.partial(uneven, reduction="sum"),
@@ -687,10 +687,10 @@ def test_in_the_types_that_models_have(ranks, name, wrap):
     assert_same_windows(first["windows"], alone(3, dtype)["windows"], rel)
 
 
-@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("of", LOOPS)
 @pytest.mark.parametrize("name", TYPES)
-def test_the_estimate_in_the_types_that_models_have(ranks, name, wrap):
-    assert_estimated(result(ranks, f"estimate, {name}, {wrap}"), *TYPES[name])
+def test_the_estimate_in_the_types_that_models_have(ranks, name, of):
+    assert_estimated(result(ranks, f"estimate, {name}, {of}"), *TYPES[name])
 
 
 def test_an_adaptive_run_ends_where_one_process_on_the_same_samples_does(ranks):
@@ -917,7 +917,7 @@ def test_tokens_weigh_the_mean_over_ranks_and_micro_batches(ranks):
     assert_weighed_by_tokens(result(ranks, "weighed by tokens"), (4, 4))
 
 
-@pytest.mark.parametrize("name", SUMMING)
+@pytest.mark.parametrize("name", LOOPS)
 def test_sums_over_tokens_are_divided_by_the_tokens_of_all(ranks, name):
     found = result(ranks, f"sums, {name}")
     assert_weighed_by_tokens(found, TOKEN_SIZES)
