@@ -1,32 +1,39 @@
 """The ranks that train one model: which they are, and what they tell one another.
 
 Every decision rests on numbers that were summed over all of them, in one small all-reduce for each
-update, so every rank decides alike. Collectives are called here and nowhere else.
+update, so every rank decides alike. Collectives are called here, but for the layout of a gradient
+that is a DTensor, which `capture.sharding` settles.
 """
 
 import logging
+import time
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import chain
+from threading import Thread
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
+from torch.distributed.distributed_c10d import _get_default_store
 
 from noiseopt.capture import (
     Share,
     share_among,
 )
 
+TIMED_OUT = ("imed out", "imeout")  # in gloo's errors
+PATIENCE = 5.0  # seconds within which the time of all that wait is over
 BUCKET_BYTES = 25 * 2**20
 DIGESTS = 2**16  # so few that sums of their squares show the least difference in fp64
 
 # torch's own, which have no types.
+_store: Any = _get_default_store
 _buckets: Any = _take_tensors
 _flatten: Any = _flatten_dense_tensors
 _unflatten: Any = _unflatten_dense_tensors
@@ -81,27 +88,30 @@ class Ranks:
         Over several groups, all but the last sum are ended at once.
         """
         *first, last = self.groups
-        with self._named(what):
-            for group in first:
+        for group in first:
+            with self._named(what, group):
                 dist.all_reduce(numbers, group=group)
+        with self._named(what, last):
             work = dist.all_reduce(numbers, group=last, async_op=True)
 
         def end() -> None:
-            with self._named(what):
+            with self._named(what, last):
                 work.wait()
 
         return end
 
     @contextmanager
-    def _named(self, what: str) -> Iterator[None]:
+    def _named(self, what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
         """Say in the error who waited for whom, and where."""
         try:
             yield
         except RuntimeError as error:
+            late = _absent(what, group) if any(w in str(error) for w in TIMED_OUT) else []
+            whom = " and ".join(f"rank {rank}" for rank in late) or "one of the others"
             uneven = "NoiseConfig(gradients='local') and flush() on every rank"
             raise RuntimeError(
-                f"rank {dist.get_rank()} waited in vain for the {self.all - 1} others in {what}: "
-                "one of them has stopped, raised, or brought fewer micro-batches (uneven data "
+                f"rank {dist.get_rank()} waited in vain in {what} for {whom}, which has stopped, "
+                "raised, or brought fewer micro-batches (uneven data "
                 f"takes {'as many micro-batches on each' if self.sharded else uneven}): {error}"
             ) from error
 
@@ -164,7 +174,7 @@ class Ranks:
         told = [dict(facts)]
         for group in self.groups:
             gathered: list[list[dict[str, Any]]] = [[]] * dist.get_world_size(group)
-            with self._named(what), self._on_device():
+            with self._named(what, group), self._on_device():
                 dist.all_gather_object(gathered, told, group=group)
             told = list(chain(*gathered))
         return told
@@ -202,6 +212,27 @@ def sync_buffers(ddp_modules: Iterable[Any], groups: Sequence[Sequence[Tensor]])
         if module.will_sync_module_buffers():
             module._sync_buffers()
         module.require_forward_param_sync = as_it_was
+
+
+def _absent(what: str, group: dist.ProcessGroup | None) -> list[int]:
+    """Which ranks of a group do not tell that they have waited too; none where that is not known.
+
+    They tell it to the store by which the process groups were made, which may be out of reach.
+    """
+    waited: list[int] = []
+
+    def ask() -> None:
+        with suppress(Exception):
+            store, waited_for = _store(), f"noiseopt: {getattr(group, 'group_name', '')} {what}"
+            store.append(waited_for, f"{dist.get_rank()} ")
+            time.sleep(PATIENCE)
+            waited.extend(map(int, store.get(waited_for).split()))
+
+    asking = Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(2 * PATIENCE)
+    members = dist.get_process_group_ranks(group)
+    return [rank for rank in members if rank not in waited] if waited else []
 
 
 def _real(tensor: Tensor) -> Tensor:

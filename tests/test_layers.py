@@ -35,6 +35,11 @@ COLLECTIVES = {
     *("batch_isend_irecv", "barrier", "monitored_barrier"),
 }
 GROUP_METHODS = {"allreduce", "allreduce_coalesced", "allgather", "allgather_into_tensor_coalesced"}
+TENSOR_METHODS = {
+    "redistribute",
+    "full_tensor",
+}  # of DTensors, which call collectives by themselves
+MAY_REDISTRIBUTE = "noiseopt.capture.sharding"
 
 
 def imports(tree: ast.Module, module: str) -> Iterator[tuple[str, str, bool, int]]:
@@ -86,7 +91,8 @@ def collectives(tree: ast.Module, module: str) -> Iterator[tuple[str, int]]:
             base = aliases.get(inner.id, inner.id) if isinstance(inner, ast.Name) else ""
             dotted = ".".join([base, *reversed(names)])
             of_torch = dotted.startswith("torch.distributed") and node.attr in COLLECTIVES
-            if of_torch or node.attr in GROUP_METHODS:
+            of_tensor = node.attr in TENSOR_METHODS and module != MAY_REDISTRIBUTE
+            if of_torch or of_tensor or node.attr in GROUP_METHODS:
                 yield dotted, node.lineno
 
 
@@ -176,6 +182,8 @@ def test_modules_of_one_layer_do_not_import_each_other_in_a_circle():
         ("noiseopt.optim", "from torch import distributed as d\nd.barrier()", "into distributed"),
         ("noiseopt.optim", "from torch.distributed import all_gather as f", "into distributed"),
         ("noiseopt.optim", "group.allreduce([x]).wait()", "into distributed"),
+        ("noiseopt.capture.norms", "grad.redistribute(placements=p)", "into distributed"),
+        ("noiseopt.capture.sharding", "grad.device_mesh.allreduce([x])", "into distributed"),
         ("noiseopt.integrations.deepspeed", "import torch.distributed as d\nd.send(x, 1)", "into"),
         ("noiseopt.newcomer", "", "give it a layer"),
     ],
@@ -194,6 +202,7 @@ def test_the_checker_finds(module, source, reason):
         ("noiseopt.optim.base", "import torch\nfrom noiseopt import distributed, control"),
         ("noiseopt.optim.base", "import torch.distributed as d\nd.get_world_size()"),
         ("noiseopt.distributed", "import torch.distributed as d\nd.all_reduce(x)"),
+        ("noiseopt.capture.sharding", "grad.redistribute(placements=p)"),
         ("noiseopt.cli", "def f():\n    from noiseopt.integrations import wandb"),
         ("noiseopt.integrations.wandb", "import wandb\nfrom noiseopt import NoiseAwareAdamW"),
         ("noiseopt.optim.base", "from functools import reduce\nsock.send(x); x.gather(0, i)"),

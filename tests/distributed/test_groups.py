@@ -3,6 +3,7 @@
 import functools
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from unittest.mock import patch
 
 import pytest
@@ -203,7 +204,19 @@ def by_zero_redundancy(rank, build, **kwargs):
     return refusal(train_once), same_bits(before, params_of(wrapped))
 
 
+def late(rank):
+    """One rank, which keeps the store, does not come to the sum that ends a window."""
+    group = dist.new_group(timeout=timedelta(seconds=4))
+    model = build()
+    noise = advise(decision_interval=1, gradients="local")
+    optimizer = NoiseAwareAdamW(model.parameters(), lr=0.1, noise=noise, process_group=group)
+    train(model, optimizer, draw(1, seed=rank))
+    dist.barrier()
+    return rank != 0 and refusal(lambda: train(model, optimizer, draw(1, seed=rank)))
+
+
 CASES = {
+    "late": late,
     "FSDP1": functools.partial(by_fsdp1, use_orig_params=False),
     "FSDP1, views": functools.partial(by_fsdp1, use_orig_params=True),
     "ZeRO": functools.partial(by_zero_redundancy, build=build),
@@ -301,6 +314,12 @@ def test_zero_redundancy_is_refused_before_anything_changes(ranks, name, words):
     for refused, unchanged in result(ranks, name):
         assert words in refused
         assert unchanged
+
+
+def test_the_rank_that_does_not_come_is_named_by_all_that_wait(ranks):
+    _, *waiting = result(ranks, "late")
+    for rank, text in enumerate(waiting, start=1):
+        assert f"rank {rank} waited in vain in window 2 for rank 0, which" in text
 
 
 @NEEDS_FSDP2

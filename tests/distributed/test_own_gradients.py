@@ -563,7 +563,7 @@ def traffic(rank, accumulates):
 
 
 def missing_rank(rank):
-    """A rank that never comes to the window's end: the others say who waits, and for what."""
+    """A rank that never comes to the window's end: the others say for whom they wait, and where."""
     group = dist.new_group(timeout=timedelta(seconds=3))
     net = build()
     optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=fixed_local(1), process_group=group)
@@ -961,5 +961,5 @@ def test_a_window_of_8_sends_an_eighth_of_the_bytes(ranks):
 
 def test_a_rank_that_does_not_come_is_named_with_the_window(ranks):
     message, _ = result(ranks, "missing")
-    assert "window 2" in message
+    assert "in window 2 for rank 1, which" in message
     assert "flush()" in message
