@@ -17,7 +17,8 @@ share: where our updates spend their time when all are measured, each part witho
     The row's all-reduce includes waiting for the other rank. In rounds of their own, since watching
     takes time too.
 traffic: bytes for each update: those that the ranks' own connections received, and those that the
-    loopback interface carried for whomever; the least of several rounds.
+    loopback interface carried for whomever; the least of several rounds. FSDP2 gathers parameters
+    in every micro-batch, however rarely it averages gradients.
 row: the row's all-reduce on 1 to 8 ranks, alone and inside updates. Where there are more ranks than
     cores, they take turns on them.
 prediction: the share of an update that the row takes on more ranks, by a model whose constants are
@@ -575,9 +576,9 @@ def received() -> int:
     return total
 
 
-def traffic(size: Size, updates: int, rounds: int) -> dict[str, tuple[float, float]]:
+def traffic(wrapping: str, size: Size, updates: int, rounds: int) -> dict[str, tuple[float, float]]:
     """The least bytes for each update of the arms, which take turns: received, and on loopback."""
-    arms = {name: build("DDP", size, window) for name, (build, window) in TRAFFIC.items()}
+    arms = {name: build(wrapping, size, window) for name, (build, window) in TRAFFIC.items()}
     found: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for _ in range(rounds + 1):  # the first sets up
         for name, arm in arms.items():
@@ -606,6 +607,7 @@ class Traffic:
     """
 
     part: str
+    wrapping: str
     size: str
     window: int
     ranks: int
@@ -617,7 +619,9 @@ class Traffic:
     loopback_of_every: float
 
 
-def traffics(size: Size, found: Sequence[Mapping[str, tuple[float, float]]]) -> list[Traffic]:
+def traffics(
+    wrapping: str, size: Size, found: Sequence[Mapping[str, tuple[float, float]]]
+) -> list[Traffic]:
     counts = {
         name: (sum(each[name][0] for each in found), min(each[name][1] for each in found))
         for name in found[0]
@@ -628,6 +632,7 @@ def traffics(size: Size, found: Sequence[Mapping[str, tuple[float, float]]]) -> 
         records.append(
             Traffic(
                 part="traffic",
+                wrapping=wrapping,
                 size=size.name,
                 window=window,
                 ranks=len(found),
@@ -855,7 +860,7 @@ def origin_of(arguments: Sequence[str]) -> dict[str, str]:
 
 OF_COST = ("part", "wrapping", "size", "parameters", "window", "micro_batch", "ranks")
 OF_SHARE = ("part", "wrapping", "size", "window", "arm")
-OF_TRAFFIC = ("part", "size", "ranks", "gradient")
+OF_TRAFFIC = ("part", "wrapping", "size", "ranks", "gradient")
 OF_ROW = ("part", "cores", "size", "bytes")
 OF_PREDICTION = ("part", "source", "bytes", "hop_us", "link_bytes_per_s", "updates_s")
 
@@ -915,7 +920,9 @@ def share_tasks(plan: Plan) -> Iterator[Task]:
 
 def traffic_tasks(plan: Plan) -> Iterator[Task]:
     size = plan.sizes[0]
-    yield Task(2, partial(traffic, size, 2, plan.rounds), partial(traffics, size), OF_TRAFFIC)
+    for wrapping in WRAPPINGS:
+        job = partial(traffic, wrapping, size, 2, plan.rounds)
+        yield Task(2, job, partial(traffics, wrapping, size), OF_TRAFFIC)
 
 
 def row_tasks(plan: Plan) -> Iterator[Task]:

@@ -219,11 +219,12 @@ def _absent(what: str, group: dist.ProcessGroup | None) -> list[int]:
 
     They tell it to the store by which the process groups were made, which may be out of reach.
     """
+    waiting: Any = group or dist.group.WORLD
     waited: list[int] = []
 
     def ask() -> None:
         with suppress(Exception):
-            store, waited_for = _store(), f"noiseopt: {getattr(group, 'group_name', '')} {what}"
+            store, waited_for = _store(), f"noiseopt: {waiting.group_name} {what}"
             store.append(waited_for, f"{dist.get_rank()} ")
             time.sleep(PATIENCE)
             waited.extend(map(int, store.get(waited_for).split()))
@@ -231,7 +232,7 @@ def _absent(what: str, group: dist.ProcessGroup | None) -> list[int]:
     asking = Thread(target=ask, daemon=True)
     asking.start()
     asking.join(2 * PATIENCE)
-    members = dist.get_process_group_ranks(group)
+    members = dist.get_process_group_ranks(waiting)
     return [rank for rank in members if rank not in waited] if waited else []
 
 

@@ -80,16 +80,36 @@ def test_parts_are_within_the_update_and_called_as_often_as_they_should(results)
             assert calls["norms as gradients arrive"] == parameters * window
 
 
+def traffic_of(results, wrapping):
+    found = {t.arm: t for t in of(results, bench.Traffic) if t.wrapping == wrapping}
+    assert set(found) == set(bench.TRAFFIC)
+    assert all(t.loopback > t.bytes for t in found.values())
+    return found
+
+
 @pytest.mark.distributed
 def test_a_long_window_sends_an_eighth(results):
-    found = {t.arm: t for t in of(results, bench.Traffic)}
-    assert set(found) == set(bench.TRAFFIC)
+    found = traffic_of(results, "DDP")
     for t in found.values():
         averaged = t.window if t.arm in (bench.EVERY, "ours, without accumulate()") else 1
         # On two ranks each sends about one gradient, besides which the row is little.
         assert t.bytes == pytest.approx(2 * averaged * t.gradient, rel=0.01)
-        assert t.loopback > t.bytes
     assert found[bench.ACCUMULATING].of_every == pytest.approx(1 / 8, rel=0.01)
+
+
+@pytest.mark.distributed
+def test_a_long_window_of_fsdp2_sends_its_parameters_all_the_same(results):
+    """And of its gradients an eighth: as much as the loop that puts them off by itself."""
+    found = traffic_of(results, "FSDP2")
+    ours = found[bench.ACCUMULATING]
+    one, every = found[bench.REFERENCE], found[bench.EVERY]
+    assert ours.bytes == pytest.approx(found["plain, no_sync"].bytes, rel=0.01)
+    assert every.bytes == pytest.approx(ours.window * one.bytes, rel=0.01)
+    gradients = (every.bytes - ours.bytes) / (ours.window - 1)
+    parameters = (ours.bytes - gradients) / ours.window
+    assert gradients >= ours.gradient
+    assert parameters >= ours.gradient
+    assert one.bytes == pytest.approx(gradients + parameters, rel=0.01)
 
 
 @pytest.mark.distributed
