@@ -223,7 +223,7 @@ def _absent(what: str, group: dist.ProcessGroup | None) -> list[int]:
     waited: list[int] = []
 
     def ask() -> None:
-        with suppress(Exception):
+        with suppress(RuntimeError):  # the store went with its process: nobody is to be named
             store, waited_for = _store(), f"noiseopt: {waiting.group_name} {what}"
             store.append(waited_for, f"{dist.get_rank()} ")
             time.sleep(PATIENCE)
