@@ -4,12 +4,14 @@ import csv
 import functools
 import os
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
 from noiseopt.control import Rates
+from noiseopt.control.clipping import MIN_COUNT
 from tests.distributed import engines
 from tests.distributed.engines import (
     MEASURED,
@@ -20,15 +22,35 @@ from tests.distributed.engines import (
     run,
 )
 from tests.distributed.ranks import result, run_on_ranks
+from tests.distributed.test_deepspeed import (
+    CONSTANT,
+    DYNAMIC,
+    FP32_SUMS,
+    OFFLOAD,
+    wide,
+    worst_norm,
+)
 from tests.integrations.offline import Written
 from tests.optim.helpers import GROWING, loss_of
 
 pytestmark = pytest.mark.distributed
 
 STAGES = (0, 1, 2, 3)
+OWN_LENGTHS = (3, 3, 2)
 BATCHES, SAVED_AT = 120, 60
 ADAPTIVE = {"noise": GROWING | {"decision_interval": 2}, "lr": 1e-2, "gradient_clipping": 10.0}
 WARMUP = {"type": "WarmupLR", "params": {"warmup_num_steps": 1000, "warmup_type": "linear"}}
+FALLING = {
+    "type": "WarmupDecayLR",
+    "params": {"warmup_num_steps": 10, "warmup_max_lr": 1e-2, "total_num_steps": 200},
+}
+LEARNED = MIN_COUNT + 8  # updates after which the clipping threshold is known
+LATE = ADAPTIVE | {
+    "noise": ADAPTIVE["noise"] | {"dwell_updates": MIN_COUNT, "max_accumulation_steps": 3},
+    "scheduler": FALLING,
+    "steps": 2,
+}
+LATE_BATCHES = 2 * LEARNED + 90
 SHORT = {"type": "WarmupLR", "params": {"warmup_num_steps": 6, "warmup_max_lr": 1e-2}}
 
 
@@ -44,6 +66,7 @@ def facts(engine):
         "windows": [w for d in engine.noise_aware.decisions for w in d.windows],
         "steps": engine.gradient_accumulation_steps(),
         "batch": engine.train_batch_size(),
+        "since_tick": since_tick(engine),
         "clip": (engine.gradient_clipping(), getattr(engine.optimizer, "clip_grad", None)),
     }
 
@@ -51,21 +74,28 @@ def facts(engine):
 # ------------------------------------------------------------------ checkpoints
 
 
-def resumed_run(rank, folder, **settings):
-    """One run, and one that goes on from its checkpoint in another engine."""
+def resumed_run(rank, folder, late=False, client=False, **settings):
+    """One run, and one that goes on from its checkpoint in another engine.
+
+    Args:
+        late: whether it is saved after the clipping threshold was learned, and inside a tick.
+        client: whether the optimizer is torch's own, offloaded.
+    """
     engines.set_up(rank)
-    config = config_of(scheduler=SHORT, steps=1, **ADAPTIVE, **settings)
-    batches = batches_of(BATCHES, rank)
-    with engine_of(config) as engine:
+    config = config_of(**{"scheduler": SHORT} | (LATE if late else ADAPTIVE) | settings)
+    if client:
+        config = engines.merged(config, {"optimizer": None, **OFFLOAD})
+    batches = batches_of(LATE_BATCHES if late else BATCHES, rank)
+    with resumable(config, client) as engine:
         at = 0
-        while at < SAVED_AT or not engine.was_step_applied():
+        while not (engine.was_step_applied() and due(engine, at, late)):
             step(engine, cast(engine, batches[at]))
             at += 1
         engine.save_checkpoint(folder, client_state={"mine": 3})
         saved = facts(engine)
         run(engine, batches[at:])
         whole = facts(engine)
-    with engine_of(config) as engine:
+    with resumable(config, client) as engine:
         path, state = engine.load_checkpoint(folder)
         loaded = facts(engine)
         run(engine, batches[at:])
@@ -78,6 +108,23 @@ def resumed_run(rank, folder, **settings):
         "state": state,
         "found": path is not None,
     }
+
+
+def resumable(config, client):
+    net = engines.build(torch.float32)
+    optimizer = torch.optim.AdamW(engines.groups_of(net), lr=1e-2) if client else None
+    return engine_of(config, net, optimizer)
+
+
+def due(engine, at, late):
+    """Whether a run is to be saved here."""
+    if not late:
+        return at >= SAVED_AT
+    return engine.noise_aware.num_updates > LEARNED and since_tick(engine) > 0
+
+
+def since_tick(engine):
+    return engine.noise_aware._control.state_dict()["since_tick"]  # the window may be open
 
 
 def cast(engine, batch):
@@ -180,6 +227,21 @@ def own_window(engine, way, batches, context):
     if way == "boundary":
         engine.set_gradient_accumulation_boundary(True)
     step(engine, last)
+
+
+def owned_norms(rank, way, stage):
+    """Windows of three and of two that a loop ends, at weights that stay where they are."""
+    engines.set_up(rank)
+    more = {"managed_gradient_accumulation": False} if way == "unmanaged" else {}
+    steps = 3 if way in ("boundary", "unmanaged") else 1
+    config = config_of(stage, steps=steps, lr=CONSTANT, gradient_clipping=0.0, **more)
+    with engine_of(config, wide()) as engine:
+        contexts = {"no_sync": engine.no_sync, "coalesce": engine.coalesce_grad_reduction}
+        batches = iter(batches_of(sum(OWN_LENGTHS), rank))
+        for length in OWN_LENGTHS:
+            window = list(islice(batches, length))
+            own_window(engine, way, window, contexts.get(way, nullcontext))
+        return facts(engine)["windows"]
 
 
 def late_owner(rank):
@@ -470,6 +532,15 @@ def monitored(rank, folder):
         return engine.noise_aware.metrics(), engine.global_samples
 
 
+def drawn(rank, folder):
+    """The same to TensorBoard."""
+    engines.set_up(rank)
+    writer = {"enabled": True, "output_path": folder, "job_name": "job"}
+    with engine_of(config_of(tensorboard=writer)) as engine:
+        run(engine, batches_of(4, rank), (2,))
+        return engine.noise_aware.metrics(), engine.global_samples
+
+
 def logged(rank, folder):
     """The same to the wandb run that the config opens."""
     engines.set_up(rank)
@@ -484,9 +555,18 @@ def logged(rank, folder):
         return engine.noise_aware.metrics(), engine.global_samples
 
 
+WAYS = {"boundary": STAGES, "unmanaged": STAGES, "no_sync": (0,), "coalesce": (1, 2, 3)}
 CASES = {
     **{f"resumed {s}": (resumed_run, {"stage": s}) for s in STAGES},
     **{f"resumed {s} bf16": (resumed_run, {"stage": s, "bf16": True}) for s in STAGES},
+    **{f"resumed {s} late": (resumed_run, {"stage": s, "late": True}) for s in (0, 3)},
+    "resumed 1 fp32 sums late": (
+        resumed_run,
+        {"stage": 1, "bf16": True, "late": True, **FP32_SUMS},
+    ),
+    "resumed 2 fp32 sums": (resumed_run, {"stage": 2, "bf16": True, **FP32_SUMS}),
+    **{f"resumed {s} fp16": (resumed_run, {"stage": s, "fp16": DYNAMIC}) for s in (1, 2, 3)},
+    **{f"resumed {s} offload": (resumed_run, {"stage": s, "client": True}) for s in (2, 3)},
     "other loads": (other_loads, {}),
     **{f"plain load {s}": (plain_load, {"stage": s}) for s in STAGES},
     **{f"schedule {word}": (scheduled_run, {"schedule": word}) for word in ("samples", "updates")},
@@ -494,6 +574,11 @@ CASES = {
     **{f"unmanaged {s}": (owned_run, {"way": "unmanaged", "stage": s}) for s in STAGES},
     **{f"no_sync {s}": (owned_run, {"way": "no_sync", "stage": s}) for s in (0,)},
     **{f"coalesce {s}": (owned_run, {"way": "coalesce", "stage": s}) for s in (1, 2, 3)},
+    **{
+        f"norms, {way} {s}": (owned_norms, {"way": way, "stage": s})
+        for way, stages in WAYS.items()
+        for s in stages
+    },
     "late owner": (late_owner, {}),
     **{f"twice {s}": (twice_backward, {"stage": s}) for s in STAGES},
     **{f"direct {s}": (direct_backward, {"stage": s}) for s in (1, 2, 3)},
@@ -518,10 +603,12 @@ CASES = {
     "own sizes": (own_sizes, {}),
     "told samples": (told_samples, {}),
     "monitored": (monitored, {}),
+    "drawn": (drawn, {}),
     "logged": (logged, {}),
 }
 OWNED = [name for name, (case, _) in CASES.items() if case is owned_run]
-IN_FOLDERS = (resumed_run, loaded_inside, saved_inside, other_loads, plain_load, monitored, logged)
+IN_FOLDERS = (resumed_run, loaded_inside, saved_inside, other_loads, plain_load)
+IN_FOLDERS += (monitored, drawn, logged)
 
 
 @pytest.fixture(scope="module")
@@ -549,7 +636,7 @@ def test_a_resumed_run_decides_and_ends_as_one_that_never_stopped(ranks, name):
             k: v for k, v in run_["state"].items() if k != "mine"
         }
         assert "noise_aware" not in run_["state"]
-        for key in ("steps", "batch", "clip"):
+        for key in ("steps", "batch", "clip", "since_tick"):
             assert run_["loaded"][key] == run_["saved"][key]
             assert ended[key] == whole[key]
         after = ended["decisions"]
@@ -557,6 +644,9 @@ def test_a_resumed_run_decides_and_ends_as_one_that_never_stopped(ranks, name):
         # The first decision rests on windows from before the checkpoint too.
         assert strip(whole["decisions"][-len(after) :]) == strip(after)
         assert max(d.accumulation_steps for d in after) > 1
+        if "late" in name:
+            assert run_["saved"]["since_tick"] > 0
+            assert run_["saved"]["clip"][0] < ADAPTIVE["gradient_clipping"] / 2
         torch.testing.assert_close(ended["weights"], whole["weights"], rtol=0, atol=0)
 
 
@@ -603,6 +693,21 @@ def test_a_loop_that_ends_windows_itself_keeps_them(ranks, name):
     assert all(decision.rates == Rates() for decision in one["decisions"])
     assert one["decisions"][-1].noise is not None
     assert sum("leaves them as they are" in text for text in one["texts"]) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("norms, ")])
+def test_norms_of_windows_that_a_loop_ends_are_those_of_plain_pytorch(ranks, name):
+    streams = [batches_of(sum(OWN_LENGTHS), rank) for rank in range(2)]
+    still = functools.partial(torch.optim.SGD, lr=0.0)
+    norms, _ = engines.plain_run(OWN_LENGTHS, streams, wide(), torch.float32, still)
+    if name.startswith(("norms, no_sync", "norms, coalesce")):  # whose update takes the sum
+        norms = [
+            tuple([length**2 * number for number in each] for each in window)
+            for length, window in zip(OWN_LENGTHS, norms, strict=True)
+        ]
+    for windows in result(ranks, name):
+        assert [window.micro_batches for window in windows] == [*OWN_LENGTHS]
+        assert worst_norm(windows, norms) < 1e-6
 
 
 def test_windows_are_not_left_to_the_loop_once_they_have_changed(ranks):
@@ -722,6 +827,16 @@ def test_decisions_go_to_the_engines_monitor(ranks, folders):
         rows = list(csv.reader(path.read_text().splitlines()))
         assert rows[0] == ["step", name.split("/")[-1]]
         assert (int(rows[-1][0]), float(rows[-1][1])) == (samples, pytest.approx(value))
+
+
+def test_decisions_go_to_tensorboard(ranks, folders):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (metrics, samples), _ = result(ranks, "drawn")
+    events = EventAccumulator(str(folders / "drawn" / "job")).Reload()
+    for name, value in metrics.items():
+        last = events.Scalars(name)[-1]
+        assert (last.step, last.value) == (samples, pytest.approx(value, nan_ok=True))
 
 
 def test_decisions_go_to_the_wandb_run_that_the_config_opens(ranks, folders):
