@@ -5,7 +5,8 @@
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     follow_windows(accelerator)
 
-Without it Accelerate keeps the windows of its own settings, and learning rate and clipping adapt.
+Without it Accelerate keeps the windows of its own settings: clipping adapts, and the rates only in
+a shorter window at the end of an epoch.
 """
 
 import logging

@@ -105,7 +105,7 @@ class WindowLengths:
         self._loop.tell(
             "the loop's windows",
             f"{why}: the loop says where windows end, so the engine leaves them as they are; "
-            "learning rate and clipping adapt",
+            "clipping adapts, and the rates in windows of another length only",
         )
 
     def close(self, row: Row) -> int:

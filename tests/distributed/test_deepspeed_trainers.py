@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from noiseopt import NoiseConfig
+from noiseopt.control.clipping import MIN_COUNT
 from noiseopt.control.controller import MEASURED_AT_FIRST
 from tests.distributed import engines
 from tests.distributed.engines import Warnings, config_of
@@ -20,8 +21,9 @@ pytestmark = pytest.mark.distributed
 
 STAGES = (0, 2, 3)
 SETTINGS = {"noise": GROWING | {"decision_interval": 1}, "lr": 1e-2, "gradient_clipping": 10.0}
-EPOCHS, LOADED = 3, 51  # a rank's micro-batches in an epoch: the last window of two is cut short
+EPOCHS, LOADED = 4, 51  # a rank's micro-batches in an epoch: the last window of two is cut short
 UPDATES = 30  # of the Trainer, in three epochs
+LEARNED = MIN_COUNT + 10  # updates by which the clipping threshold is known
 
 
 @contextmanager
@@ -64,7 +66,8 @@ def accelerated(rank, stage, follow):
 
     from noiseopt.integrations.accelerate import follow_windows
 
-    with accelerator_of(config_of(stage, steps=2, **SETTINGS)) as accelerator:
+    config = config_of(stage, steps=2, **SETTINGS)
+    with Warnings() as texts, accelerator_of(config) as accelerator:
         with pytest.raises(ValueError, match="no noise-aware engine"):
             follow_windows(accelerator)
         net = build(torch.float32)
@@ -82,7 +85,7 @@ def accelerated(rank, stage, follow):
                     accelerator.backward(loss_of(net, batch))
                     optimizer.step()
                     optimizer.zero_grad()
-        seen = facts(net) | {"ends": ends}
+        seen = facts(net) | {"ends": ends, "texts": texts}
         net.destroy()
         return seen
 
@@ -131,7 +134,7 @@ def facts(engine):
     }
 
 
-def trained(rank, stage, folder):
+def trained(rank, stage, folder, updates=UPDATES):
     """The transformers Trainer on a config full of "auto", and the same resumed."""
     engines.set_up(rank)
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -163,7 +166,7 @@ def trained(rank, stage, folder):
             deepspeed=config,
             per_device_train_batch_size=4,
             gradient_accumulation_steps=2,
-            max_steps=UPDATES,
+            max_steps=updates,
             save_steps=UPDATES // 2,
             learning_rate=1e-2,
             lr_scheduler_type="constant",
@@ -173,11 +176,16 @@ def trained(rank, stage, folder):
         )
         data = [{"input_ids": row, "labels": row} for row in tokens]
         trainer = Trainer(model=net, args=arguments, train_dataset=data)
-        trainer.train(**resume)
-        return facts(trainer.deepspeed) | {"steps": trainer.state.global_step}
+        with Warnings() as texts:
+            trainer.train(**resume)
+        steps = trainer.state.global_step
+        return facts(trainer.deepspeed) | {"steps": steps, "texts": texts}
 
     with enabled():
-        return train(), train(resume_from_checkpoint=f"{folder}/checkpoint-{UPDATES // 2}")
+        whole = train()
+        if updates > UPDATES:
+            return whole
+        return whole, train(resume_from_checkpoint=f"{folder}/checkpoint-{UPDATES // 2}")
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +201,8 @@ def ranks(tmp_path_factory):
     for stage in STAGES:
         folder = str(tmp_path_factory.mktemp("trainer"))
         cases[f"trainer {stage}"] = functools.partial(trained, stage=stage, folder=folder)
+    long = str(tmp_path_factory.mktemp("long"))
+    cases["long trainer"] = functools.partial(trained, stage=0, folder=long, updates=LEARNED)
     return run_on_ranks(cases, tmp_path_factory.mktemp("ranks"))
 
 
@@ -211,6 +221,16 @@ def test_accelerate_keeps_its_windows_and_the_rest_adapts(ranks, stage):
     lengths = [window.micro_batches for window in seen["windows"]]
     assert lengths == EPOCHS * ([2] * (LOADED // 2) + [1])
     assert set(seen["decided"]) == {2}
+
+
+@pytest.mark.parametrize("name", [*(f"own {stage}" for stage in STAGES), "long trainer"])
+def test_clipping_adapts_where_windows_do_not_and_that_is_told_once(ranks, name):
+    seen = alike(ranks, name)
+    assert seen["clip"] == seen["decisions"][-1].max_norm < SETTINGS["gradient_clipping"] / 2
+    assert seen["factor"] == 1.0
+    told, silent = (run["texts"] for run in result(ranks, name))
+    assert sum("the loop says where windows end" in text for text in told) == 1
+    assert not silent
 
 
 @pytest.mark.parametrize("stage", STAGES)
