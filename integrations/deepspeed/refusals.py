@@ -94,6 +94,16 @@ def _autocasts_to_fp16(config: Any) -> bool:
     return bool(config.torch_autocast_enabled and config.torch_autocast_dtype == torch.float16)
 
 
+def _narrows_gradients(config: Any) -> bool:
+    sent, fp16, bf16 = (
+        config.communication_data_type,
+        config.float16_config.enabled,
+        config.bfloat16_config.enabled,
+    )
+    held = torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32
+    return sent is not None and torch.promote_types(sent, held) != sent
+
+
 _NOT_YET = "is not measured rightly yet; leave one of the two out"
 _ZERO = "zero_optimization"
 REFUSALS = (
@@ -149,6 +159,12 @@ REFUSALS = (
         'ranks must average their gradients; set it to "mean"',
     ),
     Refusal(
+        "communication_data_type",
+        _narrows_gradients,
+        "compressed communication biases the mean gradient's norm; leave it out, or set it to "
+        '"fp32"',
+    ),
+    Refusal(
         "bf16.check_grad_overflow",
         _keeps_overflow,
         "an update that is not finite would be applied; set it to true",
@@ -163,11 +179,6 @@ REFUSALS = (
         "torch_autocast.dtype",
         _autocasts_to_fp16,
         'torch\'s loss scale is not followed; use "bfloat16", or the section "fp16"',
-    ),
-    Refusal(
-        "elasticity",
-        _said("elasticity"),
-        "both decide on the batch; leave one of the two out",
     ),
     Refusal(
         "data_efficiency.data_sampling",

@@ -185,6 +185,23 @@ def extra_backward_on_one_rank(rank):
         return texts, [window.norms.finite for window in windows(engine)]
 
 
+def spread_sequences(rank):
+    """A mesh that has two ranks share each sequence."""
+    engines.set_up(rank)
+    from deepspeed.utils import groups
+
+    from noiseopt.integrations.deepspeed import initialize
+
+    net = build(torch.float32)
+    try:
+        with pytest.raises(ValueError, match=r"over 2 ranks.*leave out one of the two"):
+            initialize(
+                model=net, config=config_of(), model_parameters=net.parameters(), mesh_param=(1, 2)
+            )
+    finally:
+        groups.mesh_device = None
+
+
 # ------------------------------------------------------------------ windows of the loop's own
 
 OWN_RATES = {
@@ -487,6 +504,7 @@ CASES = {
     "thrown away late": thrown_away_late,
     "thawed inside": thawed_inside,
     "short first": short_first,
+    "sequences": spread_sequences,
     "clipped by the loop": functools.partial(clipped_by, way="the loop"),
     "clipped by the engine": functools.partial(clipped_by, way="the engine"),
 }
@@ -562,6 +580,10 @@ def test_whoever_ends_windows_they_are_clipped_alike(ranks):
     ):
         assert clipped == [True] * 3
         torch.testing.assert_close(weights, same, rtol=0, atol=1e-7)
+
+
+def test_sequences_that_are_spread_over_ranks_are_refused(ranks):
+    result(ranks, "sequences")
 
 
 def test_what_one_ranks_loop_does_is_told_there(ranks):

@@ -218,12 +218,54 @@ def clients(rank):
     seen["switched off"] = ours(no_type, model=model, optimizer=off)
     measuring = functools.partial(NoiseAwareAdamW, lr=0.01)
     refused = {"measuring": measuring(net().parameters()), "measuring callable": measuring}
+    refused["1-bit"] = OnebitAdam(net().parameters())
+    refused["1-bit callable"] = OnebitAdam
     if HAS_MUON:
         refused["muon"] = torch.optim.Muon([torch.nn.Parameter(torch.ones(2, 2))])
     for name, optimizer in refused.items():
         give = functools.partial(initialize, optimizer=optimizer)
         seen[name] = refusal(deepspeed, give, no_type)
     return seen
+
+
+class OnebitAdam(torch.optim.Adam):
+    """By its name one that compresses, as DeepSpeed's own was called."""
+
+
+class Megatron:
+    """What Megatron calls an mpu: the model is spread over two ranks."""
+
+    def get_model_parallel_world_size(self):
+        return 2
+
+    def get_data_parallel_world_size(self):
+        return 1
+
+
+def spread(rank):
+    """How a model that is spread over ranks, and one with experts, are refused."""
+    deepspeed = start(rank)
+    from deepspeed.moe.layer import MoE
+
+    from noiseopt.integrations.deepspeed import initialize
+
+    def with_experts(model, model_parameters, **rest):
+        model = torch.nn.Sequential(*net()[:2], First(MoE(4, torch.nn.Linear(4, 4))), net()[2])
+        return initialize(model=model, model_parameters=model.parameters(), **rest)
+
+    megatron = functools.partial(initialize, mpu=Megatron())
+    return refusal(deepspeed, megatron, {}), refusal(deepspeed, with_experts, {})
+
+
+class First(torch.nn.Module):
+    """The first output of a module."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, inputs):
+        return self.module(inputs)[0]
 
 
 def pipelines(rank):
@@ -270,6 +312,7 @@ def ranks(tmp_path_factory):
         "clients": clients,
         "pipelines": pipelines,
         "untested": untested,
+        "spread": spread,
     }
     return run_on_ranks(cases, folder, ranks=1)
 
@@ -381,6 +424,26 @@ def test_a_muon_of_ones_own_is_refused(ranks):
     error, text, changed, same_config, hooks = seen["muon"]
     assert (error, changed, same_config, hooks) == ("TypeError", [], True, 0)
     assert "Muon" in text
+
+
+@pytest.mark.parametrize("way", ["1-bit", "1-bit callable"])
+def test_an_optimizer_that_compresses_is_refused(ranks, way):
+    (seen,) = result(ranks, "clients")
+    assert seen[way] is not None, "it was not refused"
+    error, text, changed, same_config, _ = seen[way]
+    assert (error, changed, same_config) == ("TypeError", [], True)
+    assert "OnebitAdam" in text
+    assert "use AdamW" in text
+
+
+@pytest.mark.parametrize(("index", "word"), [(0, "mpu="), (1, "experts")])
+def test_a_model_that_is_spread_over_ranks_is_refused(ranks, index, word):
+    (seen,) = result(ranks, "spread")
+    assert seen[index] is not None, "it was not refused"
+    error, text, changed, same_config, _ = seen[index]
+    assert (error, changed, same_config) == ("ValueError", [], True)
+    assert word in text
+    assert "leave out one of the two" in text
 
 
 def test_a_pipeline_is_refused_only_with_the_section(ranks):
