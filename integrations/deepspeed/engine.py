@@ -2,10 +2,11 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from torch.optim import Optimizer
 
 from noiseopt.integrations.deepspeed.noise import EngineNoise
@@ -154,16 +155,17 @@ class NoiseAwareEngine(DeepSpeedEngine):  # type: ignore[misc]
         """
         if self.noise_aware is not None:
             _refuse_open_window(self.noise_aware)
-        path, state = super().load_checkpoint(
-            load_dir,
-            tag,
-            load_module_strict,
-            load_optimizer_states,
-            load_lr_scheduler_states,
-            load_module_only,
-            *args,
-            **kwargs,
-        )
+        with nullcontext() if self.noise_aware is None else _explaining_ranks():
+            path, state = super().load_checkpoint(
+                load_dir,
+                tag,
+                load_module_strict,
+                load_optimizer_states,
+                load_lr_scheduler_states,
+                load_module_only,
+                *args,
+                **kwargs,
+            )
         ours = state.pop(SECTION, None) if isinstance(state, dict) else None
         if self.noise_aware is not None and path is not None:
             if ours is not None and load_optimizer_states and not load_module_only:
@@ -185,6 +187,17 @@ def _tell_of_no_optimizer(rank: int) -> None:
             "noise: the engine has no optimizer, so nothing of it is measured: where it is to "
             'train, give the config an "optimizer", or pass optimizer='
         )
+
+
+@contextmanager
+def _explaining_ranks() -> Iterator[None]:
+    try:
+        yield
+    except ZeRORuntimeException as error:
+        raise type(error)(
+            f"{error} Convert it with python -m deepspeed.checkpoint.ds_to_universal, and say "
+            '"checkpoint": {"load_universal": true}'
+        ) from error
 
 
 def _refuse_open_window(noise: EngineNoise) -> None:
