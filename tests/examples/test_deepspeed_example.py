@@ -86,6 +86,13 @@ def test_started_by_torchrun_and_again_it_goes_on(noise, tmp_path):
     assert all(replayed.same for replayed in replay(both))
 
 
+@pytest.mark.parametrize("stage", [0, 2])
+def test_every_config_starts(noise, tmp_path, stage):
+    arguments = ("--text", noise, "--checkpoint", tmp_path, "--steps", 2)
+    assert "Decisions, from" in start(TORCHRUN, stage, *arguments)
+    assert (tmp_path / "latest").read_text() == "global_step2"
+
+
 def test_started_by_deepspeed_it_writes_the_record_where_it_is_told(noise, tmp_path):
     record = tmp_path / "elsewhere" / "run.jsonl"
     arguments = ("--text", noise, "--checkpoint", tmp_path / "run", "--record", record)
