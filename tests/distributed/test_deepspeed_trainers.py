@@ -80,7 +80,7 @@ def accelerated(rank, stage, follow):
         for _ in range(EPOCHS):
             for at, batch in enumerate(loader, start=1):
                 if at == LOADED:
-                    ends.append(squared_norm(net, batch))
+                    ends.append(gradient(net, batch))
                 with accelerator.accumulate(net):
                     accelerator.backward(loss_of(net, batch))
                     optimizer.step()
@@ -90,12 +90,12 @@ def accelerated(rank, stage, follow):
         return seen
 
 
-def squared_norm(engine, batch):
-    """Of the gradient of one micro-batch, by plain autograd on a model with the same weights."""
+def gradient(engine, batch):
+    """That of one micro-batch in one vector, by plain autograd on a model with the same weights."""
     twin = build(torch.float32)
     torch.nn.utils.vector_to_parameters(engines.weights_of(engine), twin.parameters())
     grads = torch.autograd.grad(loss_of(twin, batch), list(twin.parameters()))
-    return sum(grad.square().sum().item() for grad in grads)
+    return torch.cat([grad.flatten() for grad in grads])
 
 
 def stretched(rank):
@@ -240,8 +240,10 @@ def test_the_short_window_at_the_end_of_an_epoch_is_measured_as_what_it_is(ranks
     for epoch, expected in enumerate(ends, start=1):
         at = epoch * (LOADED // 2 + 1) - 1
         measured = at < MEASURED_AT_FIRST or at % NoiseConfig().measure_interval == 0
-        mean = (pytest.approx(fmean(expected), rel=1e-5),)
-        assert windows[at].norms.small_sq == (mean if measured else ())
+        small = fmean(grad.square().sum().item() for grad in expected)
+        big = (sum(expected) / RANKS).square().sum().item()
+        assert windows[at].norms.small_sq == ((pytest.approx(small, rel=1e-5),) if measured else ())
+        assert windows[at].norms.big_sq == (pytest.approx(big, rel=1e-5),)
 
 
 @pytest.mark.parametrize("stage", STAGES)
