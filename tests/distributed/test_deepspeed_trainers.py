@@ -169,6 +169,7 @@ def trained(rank, stage, folder, updates=UPDATES):
             max_steps=updates,
             save_steps=UPDATES // 2,
             learning_rate=1e-2,
+            max_grad_norm=SETTINGS["gradient_clipping"],
             lr_scheduler_type="constant",
             report_to=[],
             disable_tqdm=True,
