@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
     data = text.load(args.text).train.chunk(engine.dp_world_size)[engine.global_rank]
     seen = train(engine, data, args, seen)
     save(engine, args.checkpoint, seen)
-    if first:
+    if first and log.path.exists():  # else the run was shorter than a decision
         rows = [row(decision) for decision in telling(read(log.path).decisions)]
         table.show(f"Decisions, from {log.path}", COLUMNS, rows)
     engine.destroy()
