@@ -67,6 +67,7 @@ class BackwardPasses:
         self._unseen: list[Slot] = []  # FSDP2's parameters that are still to be hooked
         self._unread = False  # whether a gradient passed that was not hooked
         self._brought: set[Tensor] = set()
+        self._stood = False  # whether the last pass left gradients of them in `p.grad`
         self._comes_last = False
         self._task = -1
         self.norms: list[Tensor] = []
@@ -211,12 +212,12 @@ class BackwardPasses:
             _refuse_nested_backward()
             self._task, self._current = task, [[] for _ in range(self._num_groups)]
             Variable._execution_engine.queue_callback(self._close)
-            if self._starts_anew:
+            # What FSDP2 keeps for a later pass is none of what was thrown away.
+            if self._starts_anew or (leaf is not param and self._stood and param.grad is None):
                 self._forget_thrown_away(param)
         if self._reads():
             self._current[self.watched[param]].append(self._passing.pop(leaf))
-        if leaf is param:
-            self._brought.add(param)
+        self._brought.add(param)
 
     def _forget_thrown_away(self, newest: Tensor) -> None:
         """Forget passes whose gradients were set to None since, as a GAN's other half has it."""
@@ -237,6 +238,7 @@ class BackwardPasses:
         else:
             self.norms.append(unknown_norms(self._num_groups, self._device))
         self._current = []
+        self._stood = any(param.grad is not None for param in self._brought)
         self._ended()
 
     def _joined(self, norms: list[tuple[Tensor, float]]) -> Tensor:
