@@ -149,6 +149,10 @@ class Losses:
         """Forget those of micro-batches that are not to come."""
         self._told = []
 
+    def begin_again(self) -> None:
+        """Forget those that were kept of the open window."""
+        self._kept = []
+
     def take(self) -> list[Tensor]:
         """All of the window, each 0-d; the next one begins with none."""
         losses = self._kept + self._told

@@ -22,6 +22,7 @@ from noiseopt.capture.row import norm_of_mean as norm_of_mean
 from noiseopt.capture.row import read_rows as read_rows
 from noiseopt.capture.row import read_seconds as read_seconds
 from noiseopt.capture.sharding import Share as Share
+from noiseopt.capture.sharding import Slot as Slot
 from noiseopt.capture.sharding import is_sharded as is_sharded
 from noiseopt.capture.sharding import laid_out as laid_out
 from noiseopt.capture.sharding import local as local

@@ -91,6 +91,11 @@ class LocalNorms:
                 "parameters by requires_grad_(False) instead"
             )
 
+    def scale(self, factor: float) -> None:
+        """Take in that `p.grad` was multiplied by a factor which is none of the loop's."""
+        if self._before is not None:
+            self._before = self._before * factor**2
+
     def open_window(self) -> None:
         """Read the backward passes to come, or let them pass."""
         self.passes.listen(self._reads())

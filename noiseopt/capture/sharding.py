@@ -129,6 +129,13 @@ class Slot:
         whole: Tensor | None = getattr(self.held, "_unsharded_param", None)
         return whole
 
+    @property
+    def keeps_gradient(self) -> bool:
+        """Whether FSDP2 has accumulated one in it that is still to be averaged."""
+        leaf = self.leaf
+        in_leaf = leaf is not None and leaf.grad is not None
+        return in_leaf or self.held.unsharded_accumulated_grad is not None
+
     def drop_gradient(self) -> None:
         """Drop what FSDP2 has accumulated in it and not averaged yet."""
         self.held.unsharded_accumulated_grad = None

@@ -74,6 +74,7 @@ class GradientWindow:
         weight: float,
         closes: bool,
         local_norms: Tensor | None = None,
+        is_mean: bool = False,
     ) -> Measured | None:
         """Take the micro-batch gradient that is in `p.grad`.
 
@@ -84,6 +85,8 @@ class GradientWindow:
             closes: whether it is the window's last.
             local_norms: what this rank brought before `p.grad` became a mean over ranks, for each
                 micro-batch that was passed over and for this one, shape (number, groups).
+            is_mean: whether `p.grad` is the whole window's mean, each micro-batch weighing the
+                same. Where some were passed over it is otherwise their sum with this one.
 
         Returns:
             None while the window stays open. At its end `p.grad` holds the weighted sum, and what
@@ -94,7 +97,7 @@ class GradientWindow:
             if finite is not False:
                 self._sums.add(pairs_of(groups), self._newest_factor)
             return None
-        if len(self) == 1 and not self._of_sums:
+        if is_mean or (len(self) == 1 and not self._of_sums):
             return self._tally.measured(norms)
         if finite is False:
             return self.flush(groups)

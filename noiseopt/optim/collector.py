@@ -25,6 +25,7 @@ from noiseopt.capture import (
     laid_out,
     local,
     norm_of_mean,
+    scale_all,
     unsharded_leaves,
 )
 from noiseopt.control import NoiseConfig
@@ -32,13 +33,8 @@ from noiseopt.distributed import Ranks, sync_buffers
 from noiseopt.loop_checks import LoopChecks
 from noiseopt.optim.ended import Ended
 from noiseopt.optim.external import ExternalWindows
-from noiseopt.optim.reduction import (
-    averaging_modules,
-    keeping_own,
-    reduce_window,
-    reducing_if,
-    sharded_modules,
-)
+from noiseopt.optim.put_off import KeptGradients, reducing_if, sharded_modules
+from noiseopt.optim.reduction import averaging_modules, keeping_own, reduce_window
 
 Groups = Sequence[Sequence[Tensor]]
 
@@ -76,7 +72,10 @@ class GradientCollector:
         self._checks = LoopChecks(ranks)
         self._inside = 0  # contexts of accumulate() for a micro-batch of this rank's own
         self._unstepped = False  # whether a micro-batch of accumulate() awaits its step()
+        self._put_off = False  # whether a micro-batch of accumulate() under FSDP2 awaits its step()
         self.waits = False  # whether FSDP2 keeps the gradient of the micro-batch that comes
+        self._kept = KeptGradients()
+        self._added_up = 1  # of how many micro-batches accumulate() has left the sum or the mean
         told = weakref.proxy(adaptation)  # the hooks, which the parameters hold, keep nothing alive
         if config.accumulation == "external":
             self._external = ExternalWindows(ranks, groups, adaptation)
@@ -119,6 +118,8 @@ class GradientCollector:
     def clear(self, keep_memory: bool) -> None:
         """Forget what the open window holds."""
         self._window.clear(keep_memory)
+        self._kept.clear()
+        self._added_up = 1
         for hooks in self._hooks:
             hooks.clear()
 
@@ -139,9 +140,9 @@ class GradientCollector:
         """
         if self._external is not None:
             return self._external.take(groups)
-        own, waits = self._is_own, self.waits
+        own, waits, inside = self._is_own, self.waits, self._is_own or self._put_off
         self._forget_micro_batch()
-        self._check_kind(own)
+        self._check_kind(inside)
         added_up = waits or self._window.passed_over > 0  # by FSDP2, each weighing the same
         samples, weight = self._adaptation.next_samples(self._device, own or added_up)
         weight = 1.0 if added_up and not self._of_sums else weight
@@ -155,7 +156,8 @@ class GradientCollector:
             return self._reduce(groups)[0] if closes else None
         self._settle(groups)
         norms = None if self._local is None else self._read_own(self._local, groups)
-        measured = self._window.take(groups, samples, weight, closes, norms)
+        is_mean = self._added_up > 1 and not self._of_sums
+        measured = self._window.take(groups, samples, weight, closes, norms, is_mean)
         return None if measured is None else self._end(measured)
 
     def flush(self, groups: Groups) -> Iterator[Ended]:
@@ -164,6 +166,7 @@ class GradientCollector:
         Raises:
             RuntimeError: the window's gradients are still in FSDP2's hands.
         """
+        self._go_on_unstepped(groups)
         if self._always_own:
             done = False
             while not done:
@@ -184,16 +187,14 @@ class GradientCollector:
     @contextmanager
     def accumulate(self, model: nn.Module, groups: Groups) -> Iterator[None]:
         """See `NoiseAware.accumulate`."""
-        last = len(self) + 1 >= self._adaptation.steps
         if self._ranks.data == 1:
             yield
             return
         if self._ranks.sharded:
-            modules = sharded_modules(model, groups)
-            self.waits = self._external is None and not last
-            with self._forgotten_if_it_raises(), reducing_if(last, modules):
+            with self._putting_off(model, groups):
                 yield
             return
+        last = len(self) + 1 >= self._adaptation.steps
         wrappers = averaging_modules(model, self._adaptation.ddp_around(groups))
         averages = last if self._external is not None else self._leaves_averaging(wrappers, last)
         if averages:
@@ -205,6 +206,52 @@ class GradientCollector:
             yield
 
     @contextmanager
+    def _putting_off(self, model: nn.Module, groups: Groups) -> Iterator[None]:
+        """Have FSDP2 keep the gradients of a window's micro-batches until its last."""
+        modules = sharded_modules(model, groups)
+        self._kept.check()
+        self._go_on_unstepped(groups)
+        last = len(self) + 1 >= self._adaptation.steps
+        self.waits = self._external is None and not last
+        with self._forgotten_if_it_raises(), reducing_if(last, modules):
+            yield
+        self._put_off = self._external is None
+        if last:
+            self._kept.clear()
+            self._make_mean(groups)
+        else:
+            self._kept.note(slot for slots in modules.values() for slot in slots)
+
+    def _make_mean(self, groups: Groups) -> None:
+        """Divide the sum that FSDP2 has brought by its micro-batches: the loop may clip it next."""
+        number = self._window.passed_over + 1
+        if number > 1 and self._scale(groups, 1 / number):
+            self._added_up = number
+
+    def _go_on_unstepped(self, groups: Groups) -> None:
+        """Go on where no `step()` has followed the last micro-batch of a window of FSDP2's."""
+        if self._added_up == 1:
+            return
+        # A rank's part of the gradients may be zero where others' are not.
+        there = torch.tensor(float(_have_gradient(groups)), device=self._device)
+        if self._adaptation.summed_parts(there).item() > 0:  # what comes is added to them
+            self._scale(groups, float(self._added_up))
+            self._added_up = 1
+        else:  # thrown away, as by a GradScaler
+            self._adaptation.losses.begin_again()
+            self.abandon(groups)
+
+    @torch.no_grad()
+    def _scale(self, groups: Groups, factor: float) -> bool:
+        """Multiply all gradients, unless they are of sums of losses; whether there was any."""
+        grads = [grad for params in groups for p in params if (grad := p.grad) is not None]
+        if not self._of_sums:
+            scale_all(grads, factor)
+            if self._local is not None:
+                self._local.scale(factor)
+        return bool(grads)
+
+    @contextmanager
     def _forgotten_if_it_raises(self) -> Iterator[None]:
         try:
             yield
@@ -213,7 +260,8 @@ class GradientCollector:
             raise
 
     def _forget_micro_batch(self) -> None:
-        self._is_own, self._unstepped, self.waits = self._always_own, False, False
+        self._is_own, self._unstepped = self._always_own, False
+        self.waits = self._put_off = False
 
     def _leaves_averaging(self, wrappers: Sequence[nn.Module], last: bool) -> bool:
         """Whether DDP had better average this micro-batch itself, while its backward runs.
@@ -265,12 +313,14 @@ class GradientCollector:
         if self._local is not None:
             self._local.passes.paused = self._inside > 0
 
-    def _check_kind(self, own: bool) -> None:
-        if len(self) > 0 and own != self._window.alone:
+    def _check_kind(self, inside: bool) -> None:
+        earlier = self._window.alone or self._window.passed_over > 0
+        if len(self) > 0 and inside != earlier:
+            where = "inside" if inside else "outside"
             raise RuntimeError(
                 f"micro-batch {len(self) + 1} of a window of {self._adaptation.steps} was run "
-                f"{'inside' if own else 'outside'} optimizer.accumulate(model) and the ones before "
-                "it were not: run all of them alike"
+                f"{where} optimizer.accumulate(model) and the ones before it were not: run all of "
+                "them alike"
             )
 
     def _read_own(self, local: LocalNorms, groups: Groups) -> Tensor:

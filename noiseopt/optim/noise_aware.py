@@ -132,7 +132,8 @@ class NoiseAware(AppliesMeans):
         the optimizer always does: then ranks may also bring different numbers of micro-batches, if
         each calls `flush` at the end of its data. FSDP2 sums unsharded gradients and reduces them
         in the window's last backward, each micro-batch weighing the same; before that `p.grad` is
-        None. On a single rank it does nothing.
+        None, and after that block it is the window's mean, to be clipped by the loop if it clips.
+        On a single rank it does nothing.
 
         Args:
             model: the wrapped model.

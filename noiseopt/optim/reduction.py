@@ -24,7 +24,6 @@ from noiseopt.capture import (
     scale_all,
     squared_norms,
     sum_dtype,
-    unsharded_leaves,
     wide_type,
 )
 
@@ -110,35 +109,6 @@ def keeping_own(wrappers: Iterable[nn.Module]) -> Iterator[None]:
                 "the model averaged its gradients inside optimizer.accumulate(), since its forward "
                 "was run before: run both, forward and backward, inside"
             )
-
-
-@contextmanager
-def reducing_if(last: bool, modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Have FSDP2 modules average what they have accumulated in the window's last backward only."""
-    sharded: list[Any] = list(modules)
-    for module in sharded:
-        module.set_requires_gradient_sync(last, recurse=False)
-    try:
-        yield
-    finally:
-        for module in sharded:
-            module.set_requires_gradient_sync(True, recurse=False)
-
-
-def sharded_modules(model: nn.Module, groups: Groups) -> list[nn.Module]:
-    """The modules of FSDP2 that hold these parameters.
-
-    Raises:
-        ValueError: there are none.
-    """
-    params = [param for params in groups for param in params]
-    modules = [module for module, _ in unsharded_leaves(params)]
-    if not modules:
-        raise ValueError(
-            f"accumulate() was given a {type(model).__name__} whose sharded gradients are not "
-            "averaged by FSDP2, which could put that off: leave accumulate() out"
-        )
-    return modules
 
 
 def averaging_modules(model: nn.Module, ddp: Collection[nn.Module]) -> list[nn.Module]:

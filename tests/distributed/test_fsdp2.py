@@ -1,6 +1,7 @@
 """FSDP2 and hybrid meshes on real ranks, held against one process."""
 
 import functools
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from unittest.mock import patch
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.amp.grad_scaler import GradScaler
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -361,6 +363,107 @@ def experts(rank):
         NoiseAwareAdamW(net.parameters(), lr=LR)
 
 
+def with_another_backward(rank, **kwargs):
+    """It averages what FSDP2 keeps of the window, and is thrown away with it."""
+    net = shard(build(torch.float32), **kwargs)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(3))
+    batches = part(draw(6 * RANKS, dtype=torch.float32), rank)
+    loop(optimizer, net, batches[:4])
+    loss_of(net, batches[4]).backward()
+    optimizer.zero_grad()
+    with (
+        pytest.raises(RuntimeError, match=r"no longer keeps 4 of the 4 gradients"),
+        optimizer.accumulate(net),
+    ):
+        pass
+
+
+def half_of_a_pair(rank, monitor=None):
+    """After each update something else trains through the model, as a GAN's generator does."""
+    net = shard(build())
+    if monitor:
+        config = replace(measured(2), accumulation="external")
+        optimizer = torch.optim.AdamW(net.parameters(), lr=LR)
+        readings = NoiseMonitor(optimizer, config)
+    else:
+        optimizer = readings = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
+    for index, batch in enumerate(part(draw(STEPS * RANKS), rank)):
+        (loss_of(net, batch) / (2 if monitor else 1)).backward()
+        if index % 2 == 0 and monitor:
+            continue
+        optimizer.step()
+        net(batch[0]).sum().backward()
+        optimizer.zero_grad()
+    return seen(readings, net)
+
+
+LENGTHS = (3, 2, 3, 3, 1)  # of windows, some of which end early
+
+
+def clipped_sums(rank, max_norm):
+    """The loop clips what FSDP2 has reduced in a window's last backward."""
+    net = shard(build())
+    optimizer = NoiseAwareSGD(net.parameters(), lr=0.1, noise=measured(3))
+    batches = iter(part(draw(sum(LENGTHS) * RANKS), rank))
+    for length in LENGTHS:
+        for left in reversed(range(length)):
+            if left == 0 and length < 3:
+                optimizer.shorten_window(length)
+            with optimizer.accumulate(net):
+                loss_of(net, next(batches)).backward()
+            nn.utils.clip_grad_norm_(net.parameters(), max_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert optimizer.applied
+    return seen(optimizer, net)
+
+
+def scaled_and_skipped(rank, max_norm, set_to_none, reduction="mean"):
+    """The second window's step is skipped: all of it is thrown away, and it begins again."""
+    net = shard(build())
+    config = replace(measured(3), loss_reduction=reduction)
+    optimizer = NoiseAwareSGD(net.parameters(), lr=0.1, noise=config)
+    scaler = GradScaler("cpu", init_scale=1024.0)
+    for index, batch in enumerate(part(draw(12 * RANKS), rank)):
+        loss = loss_of(net, batch)
+        optimizer.report_loss(loss)
+        with optimizer.accumulate(net):
+            scaler.scale(loss * (torch.inf if (index, rank) == (4, 1) else 1)).backward()
+        if index % 3 == 2:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(net.parameters(), max_norm)
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=set_to_none)
+    return seen(optimizer, net)
+
+
+def in_two_parts(rank):
+    """Each of two losses has a block of its own."""
+    net = shard(build())
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(3))
+    for batch in part(draw(STEPS * RANKS), rank):
+        for share in (0.25, 0.75):
+            with optimizer.accumulate(net):
+                (loss_of(net, batch) * share).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen(optimizer, net)
+
+
+def partly_outside(rank, at):
+    """What FSDP2 has added up would be a sum where other micro-batches are apart."""
+    net = shard(build())
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
+    batches = part(draw(4 * RANKS), rank)
+    loop(optimizer, net, batches[:2])
+    loop(optimizer, net, batches[2:3], accumulates=at == 1)
+    with pytest.raises(RuntimeError, match=r"2 of a window of 2 was run .*: run all of them"):
+        loop(optimizer, net, batches[3:], accumulates=at == 0)
+
+
 def unsynchronised(rank):
     """Gradients that FSDP2 was told to keep, without `accumulate`."""
     net = shard(build())
@@ -462,6 +565,24 @@ CASES = {
     "by hand": averaged_by_hand,
     "experts": experts,
     "counted": counted_sums,
+    "another backward": with_another_backward,
+    "another backward, bf16": functools.partial(
+        with_another_backward, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    ),
+    "half of a pair": half_of_a_pair,
+    "half of a pair, monitor": functools.partial(half_of_a_pair, monitor=True),
+    **{f"clipped at {c}": functools.partial(clipped_sums, max_norm=c) for c in (0.05, 1.35)},
+    **{
+        f"skipped {set_to_none}": functools.partial(
+            scaled_and_skipped, max_norm=0.05, set_to_none=set_to_none
+        )
+        for set_to_none in (False, True)
+    },
+    "skipped sums": functools.partial(
+        scaled_and_skipped, max_norm=math.inf, set_to_none=True, reduction="sum"
+    ),
+    "two parts": in_two_parts,
+    **{f"outside {at}": functools.partial(partly_outside, at=at) for at in (0, 1)},
     "unsynchronised": unsynchronised,
     "hybrid 1": functools.partial(hybrid, replicate=1),
     "hybrid 2": functools.partial(hybrid, replicate=2),
@@ -560,6 +681,81 @@ def test_clipping_by_the_loop_is_measured_as_it_is_applied(ranks):
     expected = clipped_alone(0.5)
     found = [(w.norms.small_sq[0], w.norms.big_sq[0]) for w in first["windows"]]
     assert found[:3] == [pytest.approx(pair, rel=1e-5) for pair in expected[:3]]
+
+
+def clipped_alone_at(max_norm, windows):
+    """Windows of one process whose loop clips the mean of all ranks' micro-batches."""
+    net, found = build(), []
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for window in windows:
+        small = []
+        for batch in window:
+            grads = torch.autograd.grad(loss_of(net, batch), list(net.parameters()))
+            small.append(sum(grad.square().sum() for grad in grads).item())
+            for param, grad in zip(net.parameters(), grads, strict=True):
+                param.grad = grad / len(window) + (0 if param.grad is None else param.grad)
+        norm = nn.utils.clip_grad_norm_(net.parameters(), max_norm).item()
+        clipped = math.sqrt(sum(param.grad.square().sum() for param in net.parameters()))
+        found.append((norm, sum(small) / len(small) * (clipped / norm) ** 2, clipped**2))
+        optimizer.step()
+        optimizer.zero_grad()
+    return found, weights_of(net)
+
+
+def assert_clipped_as(results, expected, weights):
+    first, second = results
+    assert_agreed(first, second)
+    found = [(w.norms.small_sq[0], w.norms.big_sq[0]) for w in first["windows"]]
+    assert found == [pytest.approx(pair, rel=1e-9) for _, *pair in expected]
+    torch.testing.assert_close(first["weights"], weights, rtol=0, atol=1e-12)
+
+
+def split_into(batches, lengths):
+    batches = iter(batches)
+    return [[next(batches) for _ in range(length)] for length in lengths]
+
+
+@pytest.mark.parametrize("max_norm", [0.05, 1.35])
+def test_the_loop_clips_the_mean_of_what_fsdp2_has_added_up(ranks, max_norm):
+    windows = split_into(draw(sum(LENGTHS) * RANKS), [RANKS * length for length in LENGTHS])
+    expected, weights = clipped_alone_at(max_norm, windows)
+    norms = [norm for norm, *_ in expected]
+    sums = [norm * length for norm, length in zip(norms, LENGTHS, strict=True)]
+    assert all(norm > max_norm for norm in (norms if max_norm < 1 else sums[:4]))
+    assert max_norm < 1 or all(norm < max_norm for norm in norms)
+    assert_clipped_as(result(ranks, f"clipped at {max_norm}"), expected, weights)
+
+
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_a_window_whose_step_is_skipped_begins_again(ranks, set_to_none):
+    windows = split_into(draw(12 * RANKS), [3 * RANKS] * 4)
+    del windows[1]
+    expected, weights = clipped_alone_at(0.05, windows)
+    results = result(ranks, f"skipped {set_to_none}")
+    assert_clipped_as(results, expected, weights)
+    assert [window.loss_count for window in results[0]["windows"]] == [3 * RANKS] * 3
+
+
+def test_so_does_one_of_summed_losses(ranks):
+    first, second = result(ranks, "skipped sums")
+    assert_agreed(first, second)
+    windows = split_into(draw(12 * RANKS), [3 * RANKS] * 4)
+    del windows[1]
+    net = build()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    train(net, optimizer, windows, lambda net, window: sum(loss_of(net, b) for b in window) / 24)
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-12)
+
+
+def test_losses_with_blocks_of_their_own_are_added_up(ranks):
+    first, second = result(ranks, "two parts")
+    assert_agreed(first, second)
+    torch.testing.assert_close(first["weights"], alone(3)["weights"], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["half of a pair", "half of a pair, monitor"])
+def test_passes_that_are_thrown_away_leave_the_next_window_as_it_is(ranks, name):
+    assert_as_alone(result(ranks, name), 2)
 
 
 def test_the_optimizer_clips_by_the_whole_gradients_norm(ranks):
@@ -667,6 +863,10 @@ def test_parameters_beside_the_sharded_ones_may_be_averaged_by_hand(ranks):
         "two optimizers",
         "two, not measured",
         "unsynchronised",
+        "another backward",
+        "another backward, bf16",
+        "outside 0",
+        "outside 1",
         "root forgotten",
     ],
 )
