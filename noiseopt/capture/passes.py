@@ -162,13 +162,13 @@ class BackwardPasses:
 
     def _see(self, slots: Sequence[Slot]) -> bool:
         """Hook those of FSDP2's parameters that were made whole; whether some had a gradient."""
-        made = [(leaf, slot) for slot in slots if (leaf := slot.leaf) is not None]
-        new = [(leaf, slot) for leaf, slot in made if leaf not in self._attached]
-        for leaf, slot in new:
-            self._attach(leaf, slot.param)
+        made = {leaf: slot.param for slot in slots if (leaf := slot.leaf) is not None}
+        new = [leaf for leaf in made if leaf not in self._attached]
+        for leaf in new:
+            self._attach(leaf, made[leaf])
         if new:
             self._unseen = [slot for slot in self._unseen if slot.leaf not in self._attached]
-        return any(leaf.requires_grad for leaf, _ in new)
+        return any(leaf.requires_grad for leaf in new)
 
     def _follow(self, slots: list[Slot]) -> Callable[[nn.Module, Any], None]:
         @torch._disable_dynamo  # type: ignore[attr-defined]

@@ -93,6 +93,8 @@ def _placements(tensor: Any) -> Sequence[Any]:
 def unsharded_leaves(params: Sequence[Tensor]) -> Iterator[tuple[nn.Module, list["Slot"]]]:
     """The FSDP2 modules among whose parameters these are, each with the slots of its own.
 
+    Modules that were sharded as one share their slots: each of them comes with all.
+
     From a module's first forward on, those hold the parameters of which autograd makes the
     gradients: whole ones, on which hooks fire before anything is reduced (on the sharded ones they
     never do).

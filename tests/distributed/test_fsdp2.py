@@ -307,8 +307,18 @@ def by_a_method(net):
     return fully_shard(net)
 
 
-def internal_by_a_method(rank):
-    net = by_a_method(build())
+def grouped_by_a_method(net):
+    """Two modules that are sharded as one."""
+    net = nn.Sequential(Encoding(net[:1]), net[1], Encoding(net[2:]))
+    layers = [net[0].first, net[2].first]
+    fully_shard(layers)
+    for layer in layers:
+        register_fsdp_forward_method(layer, "encode")
+    return fully_shard(net)
+
+
+def internal_by_a_method(rank, sharding):
+    net = sharding(build())
     optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
     loop(optimizer, net, part(draw(STEPS * RANKS), rank))
     return seen(optimizer, net)
@@ -560,7 +570,8 @@ CASES = {
     "loaded": loaded_inside,
     "external, method": functools.partial(external, monitor=False, sharding=by_a_method),
     "monitor, method": functools.partial(external, monitor=True, sharding=by_a_method),
-    "method": internal_by_a_method,
+    "method": functools.partial(internal_by_a_method, sharding=by_a_method),
+    "grouped, method": functools.partial(internal_by_a_method, sharding=grouped_by_a_method),
     "root forgotten": root_forgotten,
     "by hand": averaged_by_hand,
     "experts": experts,
@@ -837,7 +848,9 @@ def test_a_state_loaded_inside_a_window_leaves_its_micro_batches_out(ranks):
     torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["method", "external, method", "monitor, method"])
+@pytest.mark.parametrize(
+    "name", ["method", "grouped, method", "external, method", "monitor, method"]
+)
 def test_modules_that_run_by_a_method_are_measured_from_the_second_window_on(ranks, name):
     first, second = result(ranks, name)
     assert_agreed(first, second)
