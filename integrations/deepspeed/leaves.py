@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from noiseopt.capture.hooks import Hooks
+from noiseopt.capture.hooks import Hooks, taking_hooks
 from noiseopt.capture.norms import begun_norm, joined_norm, moved, unknown_norms
 
 
@@ -41,7 +41,6 @@ class LeafNorms:
         self.strays = self.unread = False
         self._hooks = Hooks()
         self._readers: dict[Tensor, Any] = {}  # the hook on each
-        self._frozen: set[Tensor] = set()  # what takes none for now
         self._unwatched = [(p, index) for index, params in enumerate(groups) for p in params]
         self._watch_unfrozen()
 
@@ -99,9 +98,6 @@ class LeafNorms:
         for param, group in self._unwatched:
             if param.requires_grad:
                 self._hooks.add(partial(self._hook, param, group))
-        if any(param.requires_grad for param in self._frozen):
-            self._frozen.clear()
-            self._hooks.renew()
         self._unwatched = [pair for pair in self._unwatched if not pair[0].requires_grad]
 
     def _come_last(self) -> None:
@@ -114,12 +110,9 @@ class LeafNorms:
         return own is not None and next(reversed(param._backward_hooks or {}), None) == own.id
 
     def _hook(self, param: Any, group: int) -> Sequence[Any]:
-        self._readers.pop(param, None)
-        if not param.requires_grad:  # any more, and autograd takes no hook
-            self._frozen.add(param)
-            return ()
-        self._readers[param] = param.register_hook(self._reader(param, group))
-        return self._readers[param], param.register_post_accumulate_grad_hook(self._confirm)
+        with taking_hooks(param):
+            self._readers[param] = param.register_hook(self._reader(param, group))
+            return self._readers[param], param.register_post_accumulate_grad_hook(self._confirm)
 
     def _reader(self, param: Tensor, group: int) -> Callable[[Tensor], None]:
         def read(grad: Tensor) -> None:

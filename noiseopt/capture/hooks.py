@@ -1,7 +1,10 @@
 """Hooks that stand only while they are wanted, since autograd's calling them costs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+from torch import Tensor
 
 Put = Callable[[], Sequence[Any]]
 
@@ -45,3 +48,16 @@ class Hooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+@contextmanager
+def taking_hooks(leaf: Tensor) -> Iterator[None]:
+    """Have a leaf take hooks even while it is frozen, which autograd refuses. There they stay."""
+    frozen = not leaf.requires_grad
+    if frozen:
+        leaf.requires_grad_(True)
+    try:
+        yield
+    finally:
+        if frozen:
+            leaf.requires_grad_(False)

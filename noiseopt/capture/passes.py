@@ -16,7 +16,7 @@ from torch.autograd import Variable
 from torch.autograd.function import BackwardCFunction
 
 from noiseopt.capture.frames import runs_in
-from noiseopt.capture.hooks import Hooks
+from noiseopt.capture.hooks import Hooks, taking_hooks
 from noiseopt.capture.norms import begun_norm, device_of, joined_norm, unknown_norms
 from noiseopt.capture.sharding import Slot, is_sharded, settled, share_among, unsharded_leaves
 
@@ -38,8 +38,6 @@ class BackwardPasses:
         num_skipped: passes since then that were thrown away for not being finite.
         paused: whether gradients go by unread.
         watched: the parameters, each with its group.
-        leaves: the tensors in which autograd accumulates their gradients, each with its parameter;
-            those of FSDP2's are known after the first forward, or at the next `see_more`.
         model_ranks: over how many ranks one rank's gradient is spread, as by tensor parallelism;
             `norms` are to be summed over them.
 
@@ -73,11 +71,10 @@ class BackwardPasses:
         self.norms: list[Tensor] = []
         self.num_skipped = 0
         self.watched: dict[Tensor, int] = {}
-        self.leaves: dict[Tensor, Tensor] = {}
         self.model_ranks = 1
         self.paused = False
         for index, params in enumerate(groups):
-            self.watch(params, index)
+            self._watch_trained(params, index)
 
     def __len__(self) -> int:
         """How many backward passes there were since the last `clear`."""
@@ -85,7 +82,7 @@ class BackwardPasses:
 
     def add_group(self, params: Sequence[Tensor]) -> None:
         """Watch one more group."""
-        self.watch(params, self._num_groups)
+        self._watch_trained(params, self._num_groups)
         self._num_groups += 1
         self.norms = [torch.cat([norms, norms.new_zeros(1)]) for norms in self.norms]
 
@@ -116,39 +113,35 @@ class BackwardPasses:
         self._reading.remove()
         self._following.remove()
         self.watched.clear()
-        self.leaves.clear()
         self._attached.clear()
         self._unseen.clear()
 
-    def watch(self, params: Sequence[Tensor], group: int) -> None:
-        """Watch more parameters of a group."""
-        trained = [param for param in params if param.requires_grad]
-        self.watched.update((param, group) for param in trained)
-        managed: set[Tensor] = set()
-        for module, slots in unsharded_leaves(trained):
-            managed.update(slot.param for slot in slots)
-            self._unseen += slots
-            self._following.add(partial(_before_forward, module, self._follow(slots)))
-        for param in trained:
-            if param not in managed:
-                self._attach(param, param)
-
     def watch_more(self, groups: Sequence[Sequence[Tensor]]) -> bool:
-        """Watch parameters that have a gradient and no hook, as those that were frozen.
+        """Watch parameters that have a gradient and were not watched, as those that were frozen.
 
         Returns:
             Whether there was any.
         """
-        hooked, found = set(self.leaves.values()), False
+        found = False
         for index, params in enumerate(groups):
-            trained = [p for p in params if p.requires_grad and p.grad is not None]
-            unhooked = [param for param in trained if param not in hooked]
-            new = [param for param in unhooked if param not in self.watched]
-            self.watch(new, index)
-            if len(new) < len(unhooked):
-                self._reading.renew()
-            found |= bool(unhooked)
+            new = [p for p in params if p.grad is not None and p not in self.watched]
+            self._watch(new, index)
+            found |= bool(new)
         return found
+
+    def _watch_trained(self, params: Sequence[Tensor], group: int) -> None:
+        self._watch([param for param in params if param.requires_grad], group)
+
+    def _watch(self, params: Sequence[Tensor], group: int) -> None:
+        self.watched.update((param, group) for param in params)
+        managed: set[Tensor] = set()
+        for module, slots in unsharded_leaves(params):
+            managed.update(slot.param for slot in slots)
+            self._unseen += slots
+            self._following.add(partial(_before_forward, module, self._follow(slots)))
+        for param in params:
+            if param not in managed:
+                self._attach(param, param)
 
     def see_more(self) -> bool:
         """Hook what FSDP2 uses unhooked; whether there was any such since the last `clear`.
@@ -185,10 +178,6 @@ class BackwardPasses:
         self._reading.add(partial(self._read, leaf, param))
 
     def _read(self, leaf: Tensor, param: Tensor) -> Sequence[Any]:
-        if not leaf.requires_grad:  # any more, and autograd takes no hook
-            self.leaves.pop(leaf, None)
-            return ()
-        self.leaves[leaf] = param
         hooked: Any = leaf
 
         def before(grad: Tensor) -> None:
@@ -203,7 +192,8 @@ class BackwardPasses:
             if not self.paused:
                 self._take(leaf, param)
 
-        return hooked.register_hook(before), hooked.register_post_accumulate_grad_hook(after)
+        with taking_hooks(leaf):
+            return hooked.register_hook(before), hooked.register_post_accumulate_grad_hook(after)
 
     def _take(self, leaf: Tensor, param: Tensor) -> None:
         task = torch._C._current_graph_task_id()

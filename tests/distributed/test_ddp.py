@@ -55,6 +55,10 @@ class WithSpare(nn.Module):
         return self.used(x) + (self.sometimes(x) if self.calls % 2 else 0)
 
 
+def unused_found(net):
+    return DistributedDataParallel(net, find_unused_parameters=True)
+
+
 def seen(optimizer, net):
     return {
         "windows": windows_of(optimizer),
@@ -502,6 +506,34 @@ def frozen_for_a_while(rank, every):
     return seen(optimizer, net)
 
 
+def frozen_in_turn(rank, layers, steps, wrap=unused_found, accumulates=False):
+    """In each micro-batch one of the layers is frozen, or none."""
+    net = build()
+    model = wrap(net)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(steps))
+    for index, batch in enumerate(part(draw(STEPS * RANKS), rank)):
+        freeze(net, layers[index % len(layers)])
+        with optimizer.accumulate(model) if accumulates else nullcontext():
+            loss_of(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen(optimizer, net)
+
+
+def freeze(net, layer):
+    for at in (0, 2):
+        net[at].requires_grad_(at != layer)
+
+
+def frozen_in_turn_alone(layers, steps):
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(RANKS * steps))
+    for index, batch in enumerate(draw(STEPS * RANKS)):
+        freeze(net, layers[index // RANKS % len(layers)])
+        train(net, optimizer, [batch])
+    return seen(optimizer, net)
+
+
 def raising_observer(rank):
     """An observer that raises at every decision, in a loop that goes on."""
     net = build()
@@ -631,6 +663,8 @@ CASES = {
     "some measured": functools.partial(rarely_measured, every=4),
     "frozen, all measured": functools.partial(frozen_for_a_while, every=1),
     "frozen, some measured": functools.partial(frozen_for_a_while, every=4),
+    **{f"frozen in turn {steps}": functools.partial(frozen_in_turn, layers=(0, 2), steps=steps)
+       for steps in (1, 4)},
     "copied": copied_in_a_group,
     "alone": functools.partial(a_group_of_one, told=True),
     "alone by DDP": functools.partial(a_group_of_one, told=False),
@@ -912,6 +946,15 @@ def test_parameters_that_are_unfrozen_later(ranks):
     net[0].requires_grad_(True)
     train(net, optimizer, whole[4:])
     torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_parameters_that_are_frozen_in_turn_are_measured_where_they_are_not(ranks, steps):
+    first, second = result(ranks, f"frozen in turn {steps}")
+    assert_agreed(first, second)
+    expected = frozen_in_turn_alone((0, 2), steps)
+    assert_same_windows(first["windows"], expected["windows"], 1e-10)
+    torch.testing.assert_close(first["weights"], expected["weights"], rtol=0, atol=1e-10)
 
 
 def test_a_loss_scale_does_not_show_where_half_of_the_gradients_are_zero(ranks):

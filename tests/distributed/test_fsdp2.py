@@ -39,6 +39,8 @@ from tests.distributed.test_ddp import (
     assert_agreed,
     assert_same_windows,
     clipped_alone,
+    frozen_in_turn,
+    frozen_in_turn_alone,
     measured,
     seen,
 )
@@ -106,7 +108,7 @@ def resumed_between_measured_windows(rank):
 
 
 def frozen_after_building(rank, at):
-    """A layer that the optimizer has is frozen for some windows; most are measured all the same."""
+    """A layer that the optimizer has is frozen for some windows."""
     net = shard(build())
     optimizer = NoiseAwareAdamW(net.parameters(), lr=0.0, noise=measured(1))
     for index, batch in enumerate(part(draw(10 * RANKS), rank)):
@@ -509,6 +511,7 @@ NARROW = {
     "bf16 reduced": {"dtype": torch.float32, "mp_policy": MixedPrecisionPolicy(torch.bfloat16)},
     "bf16 held": {"dtype": torch.bfloat16},
 }
+IN_TURN = {"alternating": ((0, 2), 4), "last": ((None, 0), 2)}  # layers, and steps of a window
 
 CASES = {
     **{
@@ -549,6 +552,13 @@ CASES = {
     "adaptive False": functools.partial(adaptive_run, accumulates=False),
     "adaptive True": functools.partial(adaptive_run, accumulates=True),
     **{f"frozen {at}": functools.partial(frozen_after_building, at=at) for at in (0, 1)},
+    **{
+        f"{name} {accumulates}": functools.partial(
+            frozen_in_turn, layers=layers, steps=steps, wrap=shard, accumulates=accumulates
+        )
+        for name, (layers, steps) in IN_TURN.items()
+        for accumulates in (False, True)
+    },
     "resumed between": resumed_between_measured_windows,
     "all measured": functools.partial(rarely_measured, every=1),
     "some measured": functools.partial(rarely_measured, every=4),
@@ -992,4 +1002,16 @@ def test_a_run_resumes_between_windows_that_are_measured(ranks):
 @pytest.mark.parametrize("at", [0, 1])
 def test_a_frozen_layer_does_not_end_the_measuring(ranks, at):
     for known in result(ranks, f"frozen {at}"):
-        assert sum(known) >= 8
+        assert known == [True] * 10
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+@pytest.mark.parametrize("name", IN_TURN)
+def test_parameters_that_are_frozen_in_turn_are_measured_where_they_are_not(
+    ranks, name, accumulates
+):
+    first, second = result(ranks, f"{name} {accumulates}")
+    assert_agreed(first, second)
+    expected = frozen_in_turn_alone(*IN_TURN[name])
+    assert_same_windows(first["windows"], expected["windows"], 1e-10)
+    torch.testing.assert_close(first["weights"], expected["weights"], rtol=0, atol=1e-10)
