@@ -125,9 +125,11 @@ class Adaptation(Decides):
         own = {"settings": repr(self.config), **self._common_state()}
         self._agreement.compare({**facts, **own})
 
-    def ddp_around(self, groups: Sequence[Sequence[Tensor]]) -> Collection[nn.Module]:
-        """The DDP modules that wrap the parameters, looked for once."""
-        return self._agreement.ddp_around(groups)
+    def ddp_around(
+        self, groups: Sequence[Sequence[Tensor]], model: nn.Module | None = None
+    ) -> Collection[nn.Module]:
+        """The DDP modules that wrap the parameters; see `DDPModules.around`."""
+        return self._agreement.ddp_around(groups, model)
 
     def _tell_error(self, error: Exception) -> None:
         tell(self.observers, "on_error", error)

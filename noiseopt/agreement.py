@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from noiseopt.capture import ENDED, Row, as_tensor, device_of, is_sharded, squared_norms
 from noiseopt.distributed import DIGESTS, Ranks, digest, refuse_differing, spread
 from noiseopt.estimate import NoiseEstimate, WindowNorms
-from noiseopt.parallel import ddp_around, ranks_of, refuse_join
+from noiseopt.parallel import DDPModules, ranks_of, refuse_join
 
 TOLERANCE = 1e-12  # of the relative variance of the mean gradient's squared norm
 SAME = 1e-14  # what rounding leaves of the relative variance of equal numbers
@@ -52,7 +52,7 @@ class Agreement:
     def __init__(self, ranks: Ranks, on_error: Callable[[Exception], None]) -> None:
         self.ranks = ranks
         self._on_error = on_error
-        self._ddp: Collection[nn.Module] | None = None
+        self._ddp = DDPModules()
         self._plain: list[Tensor] = []  # parameters beside FSDP2's, which every rank holds whole
         self._state: Facts = {}
         self._settings: Facts = {}
@@ -86,15 +86,15 @@ class Agreement:
             )
         if self.ranks.all > 1:
             self.ranks.check_reach()
-            self.ddp_around(groups)
+            self._ddp.around(groups)
         if self.ranks.sharded and self.ranks.model == 1:
             self._plain = [p for params in groups for p in params if not is_sharded(p)]
 
-    def ddp_around(self, groups: Sequence[Sequence[Tensor]]) -> Collection[nn.Module]:
-        """The DDP modules that wrap the parameters, looked for once."""
-        if self._ddp is None:
-            self._ddp = ddp_around(groups)
-        return self._ddp
+    def ddp_around(
+        self, groups: Sequence[Sequence[Tensor]], model: nn.Module | None = None
+    ) -> Collection[nn.Module]:
+        """The DDP modules that wrap the parameters; see `DDPModules.around`."""
+        return self._ddp.around(groups, model)
 
     def compare(self, facts: Facts) -> None:
         """See that every rank starts from the same facts: a collective.
@@ -149,7 +149,7 @@ class Agreement:
             RuntimeError: ranks do not go together, as far as the sums were read: on the CPU when
                 they are there, elsewhere by `check`; or the loop is inside `model.join()`.
         """
-        for module in self._ddp or ():
+        for module in self._ddp.living():
             refuse_join(module)
         self.followed = {}
         if not self.ranks.sharded:

@@ -91,13 +91,59 @@ def _refuse_layouts(params: Sequence[Tensor]) -> None:
         )
 
 
+class DDPModules:
+    """The DDP modules that wrap an optimizer's parameters, as loops make them and let them go."""
+
+    def __init__(self) -> None:
+        self._groups: Sequence[Sequence[Tensor]] = ()
+        self._found: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._others: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # which wrap other parameters
+        self._number = -1  # how many were found
+
+    def around(
+        self, groups: Sequence[Sequence[Tensor]], model: nn.Module | None = None
+    ) -> Collection[nn.Module]:
+        """Those around these parameters.
+
+        Args:
+            groups: the optimizer's parameters.
+            model: what is trained, which may have been wrapped anew.
+        """
+        self._groups = groups
+        found = self.living()
+        if model is not None:
+            self._see(getattr(model, "_orig_mod", model))
+        return found
+
+    def living(self) -> Collection[nn.Module]:
+        """Those that there are, looked for anew where one of them is gone: the search is long."""
+        if self._groups and len(self._found) != self._number:
+            self._found = ddp_around(self._groups)
+            self._number = len(self._found)
+        return self._found
+
+    def _see(self, model: Any) -> None:
+        known: Collection[Any] = self._found
+        if model in known or any(model is each.module for each in known):
+            return
+        for module in model.modules():
+            is_ddp = isinstance(module, DistributedDataParallel)
+            if is_ddp and module not in self._found and module not in self._others:
+                (self._found if _wraps(module, self._groups) else self._others).add(module)
+        self._number = len(self._found)
+
+
+def _wraps(module: nn.Module, groups: Sequence[Sequence[Tensor]]) -> bool:
+    own = {param for params in groups for param in params}
+    return not own.isdisjoint(module.parameters())
+
+
 def ddp_around(groups: Sequence[Sequence[Tensor]]) -> "weakref.WeakSet[nn.Module]":
     """The DDP modules that wrap some of these parameters."""
-    own = {param for params in groups for param in params}
     living = gc.get_objects()  # DDP keeps no list of its modules
     kinds = {kind for kind in set(map(type, living)) if DistributedDataParallel in kind.__mro__}
     wrappers = compress(living, map(kinds.__contains__, map(type, living)))  # many: in C
-    return weakref.WeakSet(each for each in wrappers if not own.isdisjoint(each.parameters()))
+    return weakref.WeakSet(each for each in wrappers if _wraps(each, groups))
 
 
 def _ddp_group(

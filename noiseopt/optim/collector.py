@@ -68,7 +68,7 @@ class GradientCollector:
                 "leave it at 'auto'"
             )
         self._is_own = self._always_own
-        self._has_averaged = False
+        self._have_averaged: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._checks = LoopChecks(ranks)
         self._inside = 0  # contexts of accumulate() for a micro-batch of this rank's own
         self._unstepped = False  # whether a micro-batch of accumulate() awaits its step()
@@ -158,7 +158,7 @@ class GradientCollector:
         norms = None if self._local is None else self._read_own(self._local, groups)
         is_mean = self._added_up > 1 and not self._of_sums
         measured = self._window.take(groups, samples, weight, closes, norms, is_mean)
-        return None if measured is None else self._end(measured)
+        return None if measured is None else self._end(measured, groups)
 
     def flush(self, groups: Groups) -> Iterator[Ended]:
         """End the open window; where gradients always are the ranks' own, all of theirs too.
@@ -182,7 +182,7 @@ class GradientCollector:
             yield self._reduce(groups, flushing=True)[0]
         elif len(self._window) > 0:
             self._settle(groups)
-            yield self._end(self._window.flush(groups))
+            yield self._end(self._window.flush(groups), groups)
 
     @contextmanager
     def accumulate(self, model: nn.Module, groups: Groups) -> Iterator[None]:
@@ -195,7 +195,7 @@ class GradientCollector:
                 yield
             return
         last = len(self) + 1 >= self._adaptation.steps
-        wrappers = averaging_modules(model, self._adaptation.ddp_around(groups))
+        wrappers = averaging_modules(model, self._adaptation.ddp_around(groups, model))
         averages = last if self._external is not None else self._leaves_averaging(wrappers, last)
         if averages:
             yield
@@ -269,8 +269,8 @@ class GradientCollector:
         There is nothing to put off in a window of one, unless it is to be weighted; and DDP records
         a static graph in its first passes, for which it must average.
         """
-        static = any(getattr(wrapper, "static_graph", False) for wrapper in wrappers)
-        records = static and not self._has_averaged
+        static = [wrapper for wrapper in wrappers if getattr(wrapper, "static_graph", False)]
+        records = any(wrapper not in self._have_averaged for wrapper in static)
         if self._always_own and records:
             raise ValueError(
                 "gradients='local' with DDP's static_graph=True: DDP must average in its first "
@@ -340,9 +340,11 @@ class GradientCollector:
                 if param.grad is not None:
                     param.grad = laid_out(param.grad, param)
 
-    def _end(self, measured: Measured) -> Ended:
+    def _end(self, measured: Measured, groups: Groups) -> Ended:
         """End a window whose mean over ranks `p.grad` holds, or this rank's shard of it."""
-        steps, self._has_averaged = len(self._window), True
+        steps = len(self._window)
+        if self._local is not None:
+            self._have_averaged.update(self._adaptation.ddp_around(groups))
         takes_sums = self._of_sums or self._share is not None
         row = self._adaptation.agree(measured, at_once=takes_sums)
         if not takes_sums:

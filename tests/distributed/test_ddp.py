@@ -447,13 +447,16 @@ def state_of_decisions(optimizer, index):
         optimizer._adaptation._controller = control.at(parted)
 
 
-def inside_join(rank):
+def inside_join(rank, again):
     """torch's own way with uneven data: a rank without data answers DDP's collectives only."""
     net = build()
     optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(1))
     wrapped = DistributedDataParallel(net)
+    if again:
+        train(wrapped, optimizer, draw(1))
+        wrapped = DistributedDataParallel(net)
     with pytest.raises(RuntimeError, match=r"step\(\) inside model.join\(\)"), wrapped.join():
-        train(wrapped, optimizer, draw(2 + rank))
+        train(wrapped, optimizer, draw(2))
 
 
 def thawed(rank):
@@ -654,7 +657,8 @@ CASES = {
     "rates": rates_that_differ,
     "rate in mid-run": functools.partial(parts_later, part_with=rate_for_an_update),
     "state in mid-run": functools.partial(parts_later, part_with=state_of_decisions),
-    "join": inside_join,
+    "join": functools.partial(inside_join, again=False),
+    "join, wrapped anew": functools.partial(inside_join, again=True),
     "gone": an_optimizer_that_is_gone,
     "thawed": thawed,
     "low rank": low_rank,
@@ -855,7 +859,9 @@ def test_a_step_on_unsynchronised_gradients_is_an_error_on_every_rank(ranks):
         assert "process_group" in message
 
 
-@pytest.mark.parametrize("name", ["removed", "no backward", "join", "unsynchronised later"])
+@pytest.mark.parametrize(
+    "name", ["removed", "no backward", "join", "join, wrapped anew", "unsynchronised later"]
+)
 def test_gradients_that_cannot_be_measured_are_an_error(ranks, name):
     result(ranks, name)
 

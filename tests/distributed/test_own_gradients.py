@@ -385,6 +385,24 @@ def buffered(rank, steps):
     return *(each.module.mean for each in (ours, plain)), weights_of(ours), weights_of(plain)
 
 
+def wrapped_anew(rank, model=WithBuffer, container=unwrapped, **ways):
+    """A run whose model is wrapped anew in its midst, and one that is not."""
+    batches = part(draw(12 * RANKS), rank)
+    runs = []
+    for again in (True, False):
+        net = model()
+        optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
+        wrapped = container(DistributedDataParallel(net, **ways))
+        loop(optimizer, wrapped, batches[:4])
+        if again:
+            wrapped = container(DistributedDataParallel(net, **ways))
+        loop(optimizer, wrapped, batches[4:])
+        wrapped.eval()
+        wrapped(batches[0][0])  # before it DDP sends its buffers
+        runs.append(seen(optimizer, net) | {"buffers": list(net.buffers())})
+    return runs
+
+
 def other_weights(rank):
     """Nothing makes the weights of models equal that are not wrapped."""
     net = build(seed=rank)
@@ -582,6 +600,11 @@ LOOPS = {
     **{name: {"wrap": wrap, "accumulates": True} for name, wrap in WRAPS.items()},
     "every micro-batch": {"wrap": DistributedDataParallel, "accumulates": False},
 }
+CONTAINERS = {
+    "plainly": {},
+    "in a container": {"container": nn.Sequential},
+    "static graph": {"model": build, "static_graph": True},
+}
 
 CASES = {
     **{way: functools.partial(run, **kwargs) for way, kwargs in WAYS.items()},
@@ -639,6 +662,7 @@ CASES = {
     },
     "zero at 0": zero_at_a_rate_of_0,
     **{f"buffers {steps}": functools.partial(buffered, steps=steps) for steps in (1, 2, 3)},
+    **{f"anew {name}": functools.partial(wrapped_anew, **how) for name, how in CONTAINERS.items()},
     "frozen inside": frozen_inside,
     "other weights": other_weights,
     "inner module": inner_module,
@@ -883,6 +907,16 @@ def test_buffers_are_those_of_a_loop_that_averages_in_each_windows_last_backward
     ours, plain, weights, plain_weights = first
     torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
     torch.testing.assert_close(weights, plain_weights, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_a_model_that_is_wrapped_anew_goes_on_as_it_was(ranks, name):
+    (first, never), (second, _) = result(ranks, f"anew {name}")
+    assert_agreed(first, second)
+    torch.testing.assert_close(first["buffers"], second["buffers"], rtol=0, atol=0)
+    assert_same_windows(first["windows"], never["windows"], 1e-10)
+    torch.testing.assert_close(first["buffers"], never["buffers"], rtol=0, atol=1e-12)
+    torch.testing.assert_close(first["weights"], never["weights"], rtol=0, atol=1e-10)
 
 
 def test_parameters_that_are_frozen_inside_a_window_get_its_mean(ranks):
