@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from noiseopt.capture import ENDED, Row, as_tensor, device_of, is_sharded, squared_norms
 from noiseopt.distributed import DIGESTS, Ranks, digest, refuse_differing, spread
 from noiseopt.estimate import NoiseEstimate, WindowNorms
-from noiseopt.parallel import DDPModules, ranks_of, refuse_join
+from noiseopt.parallel import DDPModules, finds_unused, ranks_of, refuse_join
 
 TOLERANCE = 1e-12  # of the relative variance of the mean gradient's squared norm
 SAME = 1e-14  # what rounding leaves of the relative variance of equal numbers
+TINY = 1e-30  # a squared norm; of smaller ones squares in fp32 may be zero
 SUSPECT = 0.02  # noise over a micro-batch's squared gradient
 SUMMED = 1.5  # the mean's squared norm over the mean of the squared norms, which is 1 at most
 WINDOWS_TO_BE_SURE = 3
@@ -248,6 +249,7 @@ class Agreement:
                 )
             if state > SAME:
                 self._follow_or_stop(told, together)
+            self._see_origin(*sums[:2])
             if self.ranks.data == 1:  # of one model's parts each sees the same
                 continue
             if not math.isnan(sums[0]):  # as in a window that is not measured
@@ -269,6 +271,16 @@ class Agreement:
             raise RuntimeError(f"ranks disagree on {what}")
         if own["lead"] < first:
             self.followed = leading
+
+    def _see_origin(self, own: float, mean: float) -> None:
+        """See that some rank's backward brought a part, where DDP allows that one's did not."""
+        if own == 0 and TINY < mean < math.inf and any(map(finds_unused, self._ddp.living())):
+            raise RuntimeError(
+                "no rank has seen a backward pass bring what p.grad held at step(): the ranks' own "
+                "gradients are read as loss.backward() brings them; if p.grad is made otherwise, "
+                "use noise='off', or NoiseConfig(gradients='local') to have the optimizer average "
+                "it; an update may have been made with it already"
+            )
 
     def _watch_data(self, same: bool) -> None:
         self._with_same_data = _in_a_row(self._with_same_data, same)

@@ -185,6 +185,11 @@ def _members(ddp: Any) -> list[int]:
     return dist.get_process_group_ranks(ddp.process_group)
 
 
+def finds_unused(ddp: Any) -> bool:
+    """Whether a rank may leave parameters out that another uses: DDP brings it their mean."""
+    return bool(ddp.find_unused_parameters)
+
+
 def refuse_join(ddp: Any) -> None:
     """Refuse to step inside `ddp.join()`: a rank that is done answers DDP's collectives only.
 

@@ -47,7 +47,9 @@ class LocalNorms:
         """Read one more group."""
         self.passes.add_group(params)
 
-    def take(self, groups: Sequence[Sequence[Tensor]], number: int) -> Tensor:
+    def take(
+        self, groups: Sequence[Sequence[Tensor]], number: int, may_be_unused: bool = False
+    ) -> Tensor:
         """|g|^2 of each backward pass since the last call, as a part of the mean in `p.grad`.
 
         Where there were more passes than micro-batches, some gradient is their sum, whose norm
@@ -57,6 +59,8 @@ class LocalNorms:
         Args:
             groups: the parameters of each group.
             number: how many micro-batches there were.
+            may_be_unused: whether `p.grad` may be the other ranks' alone, so that no pass here was
+                one of zeros.
 
         Returns:
             Shape (number, groups).
@@ -67,6 +71,8 @@ class LocalNorms:
         if self.passes.see_more() or not self._reads():
             self.clear()
             return unknown_norms(len(groups), self._device).expand(number, -1)
+        if len(self) == 0 and may_be_unused:
+            self.passes.norms.append(unknown_norms(len(groups), self._device).zero_())
         if len(self) == 0:
             raise RuntimeError(
                 "no backward pass was seen since the last step(): the ranks' own gradients are "

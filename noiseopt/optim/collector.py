@@ -35,6 +35,7 @@ from noiseopt.optim.ended import Ended
 from noiseopt.optim.external import ExternalWindows
 from noiseopt.optim.put_off import KeptGradients, reducing_if, sharded_modules
 from noiseopt.optim.reduction import averaging_modules, keeping_own, reduce_window
+from noiseopt.parallel import finds_unused
 
 Groups = Sequence[Sequence[Tensor]]
 
@@ -332,7 +333,8 @@ class GradientCollector:
                 f"where the loop accumulates {passes} by itself, set NoiseConfig("
                 f"accumulation='external', accumulation_steps={passes})",
             )
-        return local.take(groups, number)
+        ddp = self._adaptation.ddp_around(groups)
+        return local.take(groups, number, any(map(finds_unused, ddp)))
 
     def _settle(self, groups: Groups) -> None:
         if self._ranks.model > 1:

@@ -11,6 +11,7 @@ import logging
 import pickle
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
@@ -295,6 +296,78 @@ def removed_gradients(rank):
     loss_of(DistributedDataParallel(net), draw(2)[rank]).backward()
     net[0].bias.grad = None
     with pytest.raises(RuntimeError, match="1 of 4 gradients were removed"):
+        optimizer.step()
+
+
+class TwoHeads(nn.Module):
+    """A model of which each batch uses one head."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.heads = build(), nn.ModuleList([build(seed=5), build(seed=6)])
+
+    def forward(self, x, head):
+        return self.heads[head](torch.cat([self.trunk(x), x[:, :3]], 1))
+
+
+def head_of(index, rank):
+    """In every other micro-batch the ranks use different heads."""
+    return rank if index % 2 else 0
+
+
+def an_optimizer_for_each_head(rank):
+    group = dist.new_group(timeout=timedelta(seconds=20))  # where one rank alone would raise
+    net = TwoHeads()
+    optimizers = [
+        NoiseAwareAdamW(each.parameters(), lr=LR, noise=measured(1), process_group=group)
+        for each in (net.trunk, *net.heads)
+    ]
+    wrapped = unused_found(net)
+    for index, batch in enumerate(part(draw(STEPS * RANKS), rank)):
+        loss_of(functools.partial(wrapped, head=head_of(index, rank)), batch).backward()
+        for optimizer in optimizers:
+            if any(p.grad is not None for p in optimizer.param_groups[0]["params"]):
+                optimizer.step()
+            optimizer.zero_grad()
+    return [seen(optimizer, net) for optimizer in optimizers]
+
+
+def two_heads_alone():
+    """The means and norms of both ranks' parts by hand, stepped by torch."""
+    net, found = TwoHeads(), [[], [], []]
+    parts = [list(each.parameters()) for each in (net.trunk, *net.heads)]
+    optimizers = [torch.optim.AdamW(params, lr=LR) for params in parts]
+    for index, pair in enumerate(zip(*[iter(draw(STEPS * RANKS))] * RANKS, strict=True)):
+        for at, params in enumerate(parts):
+            own = [
+                flat_grad(net, params, functools.partial(net, head=head_of(index, rank)), batch)
+                for rank, batch in enumerate(pair)
+            ]
+            mean = sum(own) / RANKS
+            if not mean.any():
+                continue
+            found[at].append((sum(g.square().sum() for g in own) / RANKS, mean.square().sum()))
+            for param, grad in zip(params, mean.split([p.numel() for p in params]), strict=True):
+                param.grad = grad.view_as(param)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return found, weights_of(net)
+
+
+def flat_grad(net, params, model, batch):
+    grads = torch.autograd.grad(loss_of(model, batch), params, materialize_grads=True)
+    return torch.cat([grad.flatten() for grad in grads])
+
+
+def gradients_without_a_backward_of_any_rank(rank):
+    """Where DDP allows a rank to have none of its own."""
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=1e-2)
+    wrapped = unused_found(net)
+    for param in wrapped.parameters():
+        param.grad = torch.ones_like(param)
+    with pytest.raises(RuntimeError, match="no rank has seen a backward pass"):
         optimizer.step()
 
 
@@ -640,6 +713,8 @@ CASES = {
     "unsynchronised later": unsynchronised_later,
     "removed": removed_gradients,
     "no backward": gradients_without_a_backward,
+    "no backward at all": gradients_without_a_backward_of_any_rank,
+    "two heads": an_optimizer_for_each_head,
     "external": functools.partial(external, monitor=False),
     "monitor": functools.partial(external, monitor=True),
     "bad first": functools.partial(nonfinite_on_one_rank, step=2),
@@ -860,10 +935,29 @@ def test_a_step_on_unsynchronised_gradients_is_an_error_on_every_rank(ranks):
 
 
 @pytest.mark.parametrize(
-    "name", ["removed", "no backward", "join", "join, wrapped anew", "unsynchronised later"]
+    "name",
+    [
+        "removed",
+        "no backward",
+        "no backward at all",
+        "join",
+        "join, wrapped anew",
+        "unsynchronised later",
+    ],
 )
 def test_gradients_that_cannot_be_measured_are_an_error(ranks, name):
     result(ranks, name)
+
+
+def test_an_optimizer_whose_parameters_one_rank_does_not_use_goes_on(ranks):
+    """That rank's own gradient is zero."""
+    first, second = result(ranks, "two heads")
+    norms, weights = two_heads_alone()
+    for one, other, expected in zip(first, second, norms, strict=True):
+        assert_agreed(one, other)
+        found = [(w.norms.small_sq[0], w.norms.big_sq[0]) for w in one["windows"]]
+        assert found == [pytest.approx(tuple(map(float, pair)), rel=1e-9) for pair in expected]
+        torch.testing.assert_close(one["weights"], weights, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["external", "monitor"])
