@@ -33,7 +33,7 @@ class NoiseAwareEngine(DeepSpeedEngine):  # type: ignore[misc]
         config = kwargs["config_class"]
         settings = read_section(config)
         if settings is not None:
-            kwargs["optimizer"] = _checked(kwargs.get("optimizer"))
+            kwargs["optimizer"] = _checked(kwargs.get("optimizer"), config)
             _refuse_parallel_model(kwargs.get("mpu"))
         translate_optimizer(config)
         super().__init__(*args, **kwargs)
@@ -226,15 +226,15 @@ def refusing(engine_class: type[Any]) -> type[Any]:
     return Refusing
 
 
-def _checked(optimizer: Any) -> Any:
+def _checked(optimizer: Any, config: Any) -> Any:
     """An optimizer, or what will make one, if it is not to be refused."""
     if optimizer is None or isinstance(optimizer, Optimizer):
-        refuse_optimizer(optimizer)
+        refuse_optimizer(optimizer, config)
         return optimizer
 
     def make(params: Any) -> Any:
         made = optimizer(params)
-        refuse_optimizer(made)
+        refuse_optimizer(made, config)
         return made
 
     return make

@@ -59,6 +59,13 @@ def _is_muon(config: Any) -> bool:
     return str(config.optimizer_name).lower() in ("muon", "noiseawaremuon")
 
 
+def _is_rebuilt_adagrad(config: Any) -> bool:
+    offload = config.zero_config.offload_optimizer
+    offloads = offload is not None and device_of_offload(offload) != "none"  # to its own kernel
+    is_adagrad = str(config.optimizer_name).lower() == "adagrad"
+    return bool(config.zero_enabled and is_adagrad and not offloads)
+
+
 def _on_nvme(part: str) -> Callable[[Any], bool]:
     def applies(config: Any) -> bool:
         offload = getattr(config.zero_config, part)
@@ -106,6 +113,10 @@ def _narrows_gradients(config: Any) -> bool:
 
 _NOT_YET = "is not measured rightly yet; leave one of the two out"
 _ZERO = "zero_optimization"
+REBUILT_ADAGRAD = (
+    "under ZeRO DeepSpeed builds another Adagrad, which neither rates nor schedulers reach; use "
+    "AdamW, or ZeRO stage 0"
+)
 REFUSALS = (
     Refusal(
         f"{_ZERO}.zenflow",
@@ -153,6 +164,7 @@ REFUSALS = (
         _is_muon,
         "DeepSpeed's Muon leaves no plain mean gradient to measure; use AdamW",
     ),
+    Refusal("optimizer.type", _is_rebuilt_adagrad, REBUILT_ADAGRAD),
     Refusal(
         "gradient_allreduce_op",
         lambda config: config.gradient_allreduce_op != "mean",

@@ -9,8 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from torch.optim import Adagrad
+
 from noiseopt.control import RATE_RULES, NoiseConfig
-from noiseopt.integrations.deepspeed.refusals import REFUSALS, device_of_offload
+from noiseopt.integrations.deepspeed.refusals import (
+    REBUILT_ADAGRAD,
+    REFUSALS,
+    device_of_offload,
+)
 from noiseopt.optim import NoiseAware
 
 SECTION = "noise_aware"
@@ -108,11 +114,11 @@ def translate_optimizer(config: Any) -> None:
     config.optimizer_params = params | extra
 
 
-def refuse_optimizer(optimizer: Any) -> None:
+def refuse_optimizer(optimizer: Any, config: Any) -> None:
     """Refuse an optimizer of the user's own that the engine cannot measure for.
 
     Raises:
-        TypeError: it measures by itself, or changes gradients into something else.
+        TypeError: it measures by itself, changes gradients into something else, or is replaced.
     """
     name = type(optimizer).__name__
     if isinstance(optimizer, NoiseAware) and optimizer.config.mode != "off":
@@ -125,6 +131,8 @@ def refuse_optimizer(optimizer: Any) -> None:
             f"optimizer= is a {name}, which leaves no plain mean gradient to measure for "
             f'"{SECTION}": use AdamW'
         )
+    if isinstance(optimizer, Adagrad) and config.zero_enabled:
+        raise TypeError(f'optimizer= is a {name} with "{SECTION}": {REBUILT_ADAGRAD}')
 
 
 def _names_ours(config: Any) -> bool:

@@ -225,6 +225,11 @@ def clients(rank):
     for name, optimizer in refused.items():
         give = functools.partial(initialize, optimizer=optimizer)
         seen[name] = refusal(deepspeed, give, no_type)
+    rebuilt = functools.partial(torch.optim.Adagrad, lr=0.01)
+    for stage in (0, 1, 3):
+        for name, optimizer in (("", rebuilt(net().parameters())), (" callable", rebuilt)):
+            give = functools.partial(initialize, optimizer=optimizer)
+            seen[f"Adagrad{name} {stage}"] = refusal(deepspeed, give, no_type | zero(stage))
     return seen
 
 
@@ -444,6 +449,17 @@ def test_a_model_that_is_spread_over_ranks_is_refused(ranks, index, word):
     assert (error, changed, same_config) == ("ValueError", [], True)
     assert word in text
     assert "leave out one of the two" in text
+
+
+@pytest.mark.parametrize("way", ["Adagrad", "Adagrad callable"])
+def test_an_adagrad_that_deepspeed_replaces_is_refused(ranks, way):
+    (seen,) = result(ranks, "clients")
+    assert seen[f"{way} 0"] is None
+    for stage in (1, 3):
+        assert seen[f"{way} {stage}"] is not None, "it was not refused"
+        error, text, changed, same_config, _ = seen[f"{way} {stage}"]
+        assert (error, changed, same_config) == ("TypeError", [], True)
+        assert "use AdamW, or ZeRO stage 0" in text
 
 
 def test_a_pipeline_is_refused_only_with_the_section(ranks):

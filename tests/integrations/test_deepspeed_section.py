@@ -74,6 +74,7 @@ CONTRADICTIONS = {
     "OneBitLamb": (kind("OneBitLamb"), ["optimizer.type", "use AdamW"]),
     "Muon": (kind("Muon"), ["optimizer.type", "use AdamW"]),
     "NoiseAwareMuon": (kind("NoiseAwareMuon"), ["optimizer.type", "use AdamW"]),
+    "Adagrad": (kind("Adagrad") | zero(1), ["optimizer.type", "use AdamW, or ZeRO stage 0"]),
     "sum over ranks": ({"gradient_allreduce_op": "sum"}, ["gradient_allreduce_op", '"mean"']),
     "bf16 for fp32": (
         {"communication_data_type": "bf16"},
@@ -214,6 +215,7 @@ ACCEPTED = {
     "communication": {"communication_data_type": "fp32"},
     "wider communication": {"communication_data_type": "fp32", "bf16": {"enabled": True}},
     "communication in bf16": {"communication_data_type": "bf16", "bf16": {"enabled": True}},
+    "Adagrad without ZeRO": kind("Adagrad"),
     "all keys": section(enabled=True, rate_rule="sgd", schedule="updates", half_life_windows=16),
     "a key of one's own": {"noise_level": 3, "my_section": {}},
     "clipping by default": {},
