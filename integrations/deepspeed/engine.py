@@ -100,6 +100,8 @@ class NoiseAwareEngine(DeepSpeedEngine):  # type: ignore[misc]
         self._leave_windows("coalesce_grad_reduction()")
         with super().coalesce_grad_reduction():
             yield
+        if self.noise_aware is not None:
+            self.noise_aware.end_reduction()
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """Set the batch, as in DeepSpeed, unless it is decided by the noise."""

@@ -34,7 +34,7 @@ class LeafNorms:
         self._device = device
         self._num_groups = len(groups)
         self._params = [param for params in groups for param in params]
-        self._inside = self._reads = False
+        self._inside = self._reads = self._listens = False
         self._arrived: dict[Tensor, tuple[int, Tensor]] = {}
         self.norms: list[Tensor] = []
         self.factors: list[Tensor] = []
@@ -79,6 +79,11 @@ class LeafNorms:
         """How many parameters hold a gradient."""
         return sum(param.grad is not None for param in self._params)
 
+    def marks(self) -> Sequence[tuple[int, int]]:
+        """What changes as soon as a gradient is edited; empty where nothing is measured."""
+        grads = (param.grad for param in self._params if self._listens)
+        return [(id(grad), grad._version) for grad in grads if grad is not None]
+
     def clear(self) -> None:
         """Start the next window."""
         self.norms, self.factors = [], []
@@ -86,6 +91,7 @@ class LeafNorms:
 
     def listen(self, wanted: bool) -> None:
         """Keep the hooks only while the open window is measured."""
+        self._listens = wanted
         self._hooks.stand(wanted)
 
     def detach(self) -> None:

@@ -20,6 +20,9 @@ class WindowLengths:
         control: carries it out.
         leaves: what the open window has had.
         loop: is told where windows begin.
+
+    Attributes:
+        loop_divides: whether the loop divides its losses by itself.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class WindowLengths:
         self._left = False  # whether the loop does
         self._awaits_first = False  # whether its next window shows how long it makes them
         self._shortened = False
+        self.loop_divides = False
 
     def open(self) -> None:
         """Have the engine's next window exactly as long as was decided."""
@@ -46,6 +50,7 @@ class WindowLengths:
         if self._control.makes_windows or self._shortened:
             self._control.set_window(adaptation.steps)
             self._tell_of_schedule(adaptation.steps)
+            self._tell_of_division(adaptation.steps)
             self._shortened = False
         self._leaves.listen(adaptation.measures)
         self._loop.begin_window()
@@ -141,4 +146,15 @@ class WindowLengths:
                 f"the window is now {steps} micro-batches, and the learning rate's schedule counts "
                 'updates: it stretches; say "noise_aware": {"schedule": "samples"} to have it '
                 "follow the samples",
+            )
+
+    def _tell_of_division(self, steps: int) -> None:
+        ratio = steps / self._configured
+        if ratio != 1 and self.loop_divides:
+            self._loop.tell(
+                "the division",
+                f"the window is now {steps} micro-batches, and the loop divides its losses itself "
+                f"(scale_wrt_gas=False): if by a constant, updates are {ratio:g} times what they "
+                "should be; divide by engine.gradient_accumulation_steps(), which changes, or "
+                "leave it to the engine",
             )

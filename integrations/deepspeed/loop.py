@@ -10,6 +10,7 @@ from noiseopt.integrations.deepspeed.control import EngineControl
 from noiseopt.integrations.deepspeed.leaves import LeafNorms
 
 KEEPS_LAST_ONLY = (1, 2)  # stages that lose all but the last of several backwards in one step
+SUMS_ANEW = 3  # the stage whose zero_grad() has the next backward forget the window's earlier ones
 
 logger = logging.getLogger("noiseopt")
 
@@ -34,22 +35,48 @@ class LoopWatch:
         self._stepped = 0  # backward passes before the last of them, which left their gradients
         self._held = 0  # parameters with a gradient then
         self._brought = 0  # those after the last backward
+        self._marks = self._leaves.marks()  # and theirs
         self._lost = False  # whether one of those went
+        self._edited = False  # whether one was changed between a backward and what came next
+        self._cleared = False  # whether stage 3 is to begin its sum anew
 
     def begin_step(self) -> None:
         """Count a call of `engine.step`, which is to come."""
         self._calls += 1
         self._stepped, self._held = len(self._leaves), self._leaves.held()
+        self._see_edits()
         if not self._control.loop_ends_windows:  # which may have them reduced before
             self._lost |= self._held < self._brought
 
     def begin_backward(self) -> None:
-        """See whether what the window's last step left is still there."""
-        self._lost |= self._held > 0 and self._leaves.held() < self._held
+        """See whether what the window's last step left is still there, or its last backward.
+
+        That is where no step comes before the window's end.
+        """
+        left = self._brought if self._control.loop_ends_windows else self._held
+        self._lost |= self._cleared or (left > 0 and self._leaves.held() < left)
+        self._see_edits()
 
     def end_backward(self) -> None:
         """See what it has left for the step to come."""
         self._brought = self._leaves.held()
+        self.end_reduction()
+
+    def end_reduction(self) -> None:
+        """Take gradients as they are for DeepSpeed's own work."""
+        self._marks = self._leaves.marks()
+
+    def see_setter(self) -> None:
+        """See that the loop sets a gradient."""
+        self._edited |= len(self._leaves) > 0
+
+    def see_clearing(self) -> None:
+        """See that the optimizer clears gradients: at stage 3 those that were reduced, too."""
+        stage = int(self._engine.zero_optimization_stage())
+        self._cleared |= stage == SUMS_ANEW and len(self._leaves) > 0
+
+    def _see_edits(self) -> None:
+        self._edited |= len(self._leaves) > 0 and self._marks != self._leaves.marks()
 
     def begin_update(self) -> None:
         """Let gradients go, as the engine's update has it."""
@@ -112,15 +139,24 @@ class LoopWatch:
                 "checkpoint(use_reentrant=False), and a newer torch",
             )
             return False
-        if self._control.loop_ends_windows or passes == self._calls:
-            return True
-        self._tell_here(
-            "passes",
-            f"{passes} backward passes in {self._calls} calls of engine.step(): such windows are "
-            "not measured; call engine.backward once before each engine.step, with the sum of "
-            "losses if there are several",
-        )
-        return False
+        if not self._control.loop_ends_windows and passes != self._calls:
+            self._tell_here(
+                "passes",
+                f"{passes} backward passes in {self._calls} calls of engine.step(): such windows "
+                "are not measured; call engine.backward once before each engine.step, with the sum "
+                "of losses if there are several",
+            )
+            return False
+        if self._edited:
+            self._tell_here(
+                "edited",
+                "gradients were edited between engine.backward() and engine.step(), as by "
+                "clip_grad_norm_: such windows are not measured; to clip, set gradient_clipping in "
+                "the config, which DeepSpeed does itself, and change gradients in a parameter's "
+                "register_hook()",
+            )
+            return False
+        return True
 
     def tell(self, of: str, text: str) -> None:
         """Warn, once of each thing, of what is so on all ranks: on one of them."""

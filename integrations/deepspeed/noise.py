@@ -13,7 +13,7 @@ from noiseopt.capture import STEPS, Row, end_row
 from noiseopt.control import Decision, NoiseConfig, group_names, metrics
 from noiseopt.deciding import Number
 from noiseopt.distributed import Ranks, digest
-from noiseopt.integrations.deepspeed.clearing import ClearingGuard
+from noiseopt.integrations.deepspeed.clearing import ClearingGuard, SetterWatch
 from noiseopt.integrations.deepspeed.control import EngineControl
 from noiseopt.integrations.deepspeed.leaves import LeafNorms
 from noiseopt.integrations.deepspeed.lengths import WindowLengths
@@ -66,8 +66,11 @@ class EngineNoise(NoiseReadings):
         self._lengths = WindowLengths(
             engine, self._adaptation, self._control, self._leaves, self._loop
         )
+        self._parts_of_losses: list[Tensor] = []  # of the open window's, which the loop has divided
         self._ended: tuple[Row, float] | None = None  # a window's row, and the user's rate in it
-        self._guard = ClearingGuard(engine, self.keeps_gradients)
+        self._guard = ClearingGuard(engine, self.keeps_gradients, self._loop.see_clearing)
+        params = [param for params in self._groups for param in params]
+        self._setters = SetterWatch(engine.optimizer, params, self._loop.see_setter)
         self._started = self.tells_samples = False
         self._warned_of_open_window = False
         if engine.monitor.enabled:
@@ -121,6 +124,7 @@ class EngineNoise(NoiseReadings):
         self._lengths.tell_of_rest()
         self._leaves.detach()
         self._guard.remove()
+        self._setters.remove()
 
     def shorten_window(self, steps: int) -> None:
         """Say before its first micro-batch that the open window ends early, at the end of the data.
@@ -149,8 +153,11 @@ class EngineNoise(NoiseReadings):
         with self._leaves.reading(loss, self._adaptation.measures):
             yield
         self._loop.end_backward()
-        parts = self._engine.gradient_accumulation_steps() if divided else 1
-        self._adaptation.losses.tell(loss.detach() * parts)
+        if divided:
+            self._parts_of_losses.append(loss.detach().clone())
+            self._lengths.loop_divides = True
+        else:
+            self._adaptation.losses.tell(loss)
 
     def lead(self, set_window: Callable[[int], None]) -> None:
         """Have a loop that says where windows end make each as long as was decided.
@@ -171,6 +178,10 @@ class EngineNoise(NoiseReadings):
         """
         self._lengths.leave_to_loop(why, begun=self._started or self.taken > 0)
 
+    def end_reduction(self) -> None:
+        """Take it that gradients were reduced outside of backward and step."""
+        self._loop.end_reduction()
+
     def begin_step(self) -> None:
         """See that the loop calls `engine.step`."""
         self._loop.begin_step()
@@ -190,6 +201,7 @@ class EngineNoise(NoiseReadings):
         self._loop.check_passes(passes)
         if not self._started:
             self._start()
+        self._tell_divided_losses(passes)
         lends = self._adaptation.acts and self._wrapper.takes_norm
         at_once = (lends and self._wrapper.sharded) or self._control.loop_ends_windows
         row, norm = self._window.agree(passes, at_once)
@@ -220,6 +232,14 @@ class EngineNoise(NoiseReadings):
             self._adaptation.close_window(row, lambda: lr)
         finally:
             self._lengths.open()
+
+    def _tell_divided_losses(self, passes: int) -> None:
+        """Tell those that the loop has divided by its window's length, which shows only now."""
+        own = self._control.loop_ends_windows
+        parts = passes if own else self._engine.gradient_accumulation_steps()
+        for loss in self._parts_of_losses:
+            self._adaptation.losses.tell(loss * parts)
+        self._parts_of_losses.clear()
 
     # ------------------------------------------------------------------ ranks and words
 
@@ -291,6 +311,7 @@ class EngineNoise(NoiseReadings):
 
     def _start_anew(self) -> None:
         self._leaves.clear()
+        self._parts_of_losses.clear()
         self._started = False
         # What the checkpoint has brought back of the engine's own may differ from ours.
         acts = self._adaptation.acts

@@ -331,6 +331,8 @@ def unseen_on_one_rank(rank, mode):
 
 SGD = {"type": "NoiseAwareSGD", "params": {"lr": 1.0, "weight_decay": None}}
 THREE = MEASURED | {"min_accumulation_steps": 3, "max_accumulation_steps": 3}
+TWO = MEASURED | {"min_accumulation_steps": 2}
+FOUR = MEASURED | {"min_accumulation_steps": 4}
 
 
 class Wrapped(torch.nn.Module):
@@ -452,6 +454,95 @@ def thawed_inside(rank):
         return windows(engine)[-1].norms.small_sq
 
 
+def cleared_by_the_loop(rank, way, stage, by):
+    """Windows of three that the loop ends: gradients cleared inside the first, and before each."""
+    engines.set_up(rank)
+    more = {"managed_gradient_accumulation": False} if way == "unmanaged" else {}
+    config = config_of(stage, steps=3, noise=THREE, **NOT_CLIPPED, **more)
+    net = build(torch.float32)
+    with Warnings() as texts, engine_of(config, net) as engine:
+        clears = {"engine": engine, "optimizer": engine.optimizer, "model": net}
+        for index, batch in enumerate(batches_of(6, rank)):
+            if index < 4:
+                clears[by].zero_grad()
+            if way == "boundary":
+                engine.set_gradient_accumulation_boundary(index % 3 == 2)
+            backward(engine, batch)
+            if index % 3 == 2:
+                engine.step()
+        return texts, [window.norms.finite for window in windows(engine)]
+
+
+def halve(engine, how):
+    """Edit the gradients that an engine holds."""
+    from deepspeed.utils import safe_set_full_grad
+
+    for param in engine.module.parameters():
+        if how == "in place":
+            param.grad.mul_(0.5)
+        elif how == "anew":
+            param.grad = param.grad * 0.5
+        elif getattr(param, "ds_numel", 0) % 2 == 0:  # what stage 3 need not pad
+            safe_set_full_grad(param, torch.ones(getattr(param, "ds_shape", param.shape)))
+
+
+def edited(rank, stage, how, at=1, bf16=False):
+    """Three windows of two; in the second gradients are edited after one of the backwards."""
+    engines.set_up(rank)
+    net = build(torch.float32)
+    config = config_of(stage, bf16, steps=2, noise=TWO, **NOT_CLIPPED)
+    with Warnings() as texts, engine_of(config, net) as engine:
+        for index, batch in enumerate(batches_of(6, rank)):
+            backward(engine, batch)
+            if index == 2 + at and how == "by norm":
+                torch.nn.utils.clip_grad_norm_(net.parameters(), 0.01)
+            elif index == 2 + at:
+                halve(engine, how)
+            engine.step()
+        measured = [window.norms.finite for window in windows(engine)]
+    setters = [vars(param).get("set_full_hp_grad") for param in net.parameters()]
+    restored = all(getattr(setter, "__self__", None) is not None for setter in setters if setter)
+    return texts, measured, restored
+
+
+def divided_losses(rank, by, longer=True):
+    """A loop that divides its losses by itself, in windows of two that become windows of four."""
+    engines.set_up(rank)
+    with Warnings() as texts, engine_of(config_of(steps=2, noise=TWO)) as engine:
+        noise, told = engine.noise_aware, []
+
+        def lengthen(decision):
+            told.append(decision.loss)
+            noise._adaptation.steps = 4 if longer else 2
+
+        noise.add_observer(lengthen)
+        for batch in batches_of(10, rank):
+            parts = 2 if by == "a constant" else engine.gradient_accumulation_steps()
+            loss = loss_of(engine, batch)
+            engine.backward(loss / parts, scale_wrt_gas=False)
+            engine.step()
+        return texts, told
+
+
+def divided_by_own_windows(rank):
+    """The transformers Trainer's way: windows that the loop ends, their losses divided by itself.
+
+    Two of four and one of two, at a rate of zero; the losses told, and those of the same by hand.
+    """
+    engines.set_up(rank)
+    with engine_of(config_of(steps=4, noise=FOUR, lr=0.0)) as engine:
+        batches, told, wanted = batches_of(10, rank), [], []
+        engine.noise_aware.add_observer(lambda decision: told.append(decision.loss))
+        for window in (batches[:4], batches[4:8], batches[8:]):
+            losses = [loss_of(engine, batch) for batch in window]
+            for index, loss in enumerate(losses, start=1):
+                engine.set_gradient_accumulation_boundary(index == len(window))
+                engine.backward(loss / len(window), scale_wrt_gas=False)
+            engine.step()
+            wanted.append(float(sum(losses)) / len(window))
+        return told, wanted
+
+
 def windows(engine):
     return [window for decision in engine.noise_aware.decisions for window in decision.windows]
 
@@ -503,6 +594,28 @@ CASES = {
     },
     "thrown away late": thrown_away_late,
     "thawed inside": thawed_inside,
+    **{
+        f"cleared, {way} {stage} {by}": functools.partial(
+            cleared_by_the_loop, way=way, stage=stage, by=by
+        )
+        for way, stage, by in (
+            ("boundary", 0, "engine"),
+            ("unmanaged", 1, "model"),
+            ("boundary", 2, "optimizer"),
+            ("boundary", 3, "optimizer"),
+            ("unmanaged", 3, "engine"),
+        )
+    },
+    "edited by norm": functools.partial(edited, stage=0, how="by norm"),
+    "edited anew": functools.partial(edited, stage=0, how="anew"),
+    "edited in bf16": functools.partial(edited, stage=0, how="in place", bf16=True),
+    "edited inside": functools.partial(edited, stage=0, how="in place", at=0),
+    "edited inside 1": functools.partial(edited, stage=1, how="in place", at=0),
+    **{f"set {s}": functools.partial(edited, stage=s, how="by a setter") for s in (1, 2, 3)},
+    "divided by a constant": functools.partial(divided_losses, by="a constant"),
+    "divided by two": functools.partial(divided_losses, by="a constant", longer=False),
+    "divided by the length": functools.partial(divided_losses, by="the length"),
+    "divided by its own": divided_by_own_windows,
     "short first": short_first,
     "sequences": spread_sequences,
     "clipped by the loop": functools.partial(clipped_by, way="the loop"),
@@ -708,3 +821,38 @@ def test_gradients_are_read_as_the_users_hooks_leave_them(ranks, stage, each):
     wanted = [sum(engines.squared(micro[i]) for micro in grads) / len(grads) / 100 for i in (0, 1)]
     for seen in result(ranks, f"hooked {stage} {each}"):
         assert seen == pytest.approx(wanted, rel=1e-5)
+
+
+HARMLESS = ("cleared, boundary 2 optimizer", "cleared, unmanaged 3 engine")  # they keep them apart
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("cleared, ")])
+def test_what_is_cleared_inside_a_window_of_the_loops_own_is_told(ranks, name):
+    for texts, measured in result(ranks, name):
+        assert measured == [name in HARMLESS, True]
+        thrown = [text for text in texts if "were thrown away inside a window" in text]
+        assert len(thrown) == (name not in HARMLESS)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("edited", "set "))])
+def test_gradients_that_are_edited_before_their_step_are_told(ranks, name):
+    for rank, (texts, measured, restored) in enumerate(result(ranks, name)):
+        assert measured == [True, False, True]
+        (text,) = texts
+        assert text.startswith(f"rank {rank}: gradients were edited between")
+        assert restored
+
+
+@pytest.mark.parametrize("by", ["a constant", "two", "the length"])
+def test_a_loop_that_divides_its_losses_is_told_once_windows_change(ranks, by):
+    (texts, _), (others, _) = result(ranks, f"divided by {by}")
+    told = [text for text in texts if "updates are 2 times what they should be" in text]
+    assert len(told) == (by != "two")
+    assert not others
+
+
+def test_losses_that_the_loop_divides_are_told_whole(ranks):
+    runs = result(ranks, "divided by its own")
+    wanted = [sum(means) / 2 for means in zip(*(mean for _, mean in runs), strict=True)]
+    for told, _ in runs:
+        assert told == pytest.approx(wanted, rel=1e-5)
