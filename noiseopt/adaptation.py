@@ -178,6 +178,7 @@ class Adaptation(Decides):
         at_once: bool = True,
         rates: Rates | None = None,
         lead: float = math.inf,
+        plain: list[float] | None = None,
     ) -> Row:
         """Make a window's row, summed over the ranks; see `Agreement.sum_`.
 
@@ -187,6 +188,7 @@ class Adaptation(Decides):
             at_once: whether the sums are needed before the window is closed.
             rates: what its update scales by, where ranks may differ in it.
             lead: see `Agreement.set_settings`.
+            plain: see `Agreement.sum_`.
 
         Raises:
             RuntimeError: ranks do not go together.
@@ -197,7 +199,7 @@ class Adaptation(Decides):
         if self.ranks.all > 1:
             used = {} if rates is None else {"factors of the window's length": astuple(rates)}
             self._agreement.set_settings({**self.settings(), **used}, lead)
-            self._agreement.sum_(row, self.num_groups, extra, self.open_window, at_once)
+            self._agreement.sum_(row, self.num_groups, extra, self.open_window, at_once, plain)
         return row
 
     @property

@@ -16,7 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from noiseopt.capture import ENDED, Row, as_tensor, device_of, is_sharded, squared_norms
+from noiseopt.capture import (
+    ENDED,
+    Row,
+    as_tensor,
+    device_of,
+    is_sharded,
+    squared_norms,
+)
 from noiseopt.distributed import DIGESTS, Ranks, digest, refuse_differing, spread
 from noiseopt.estimate import NoiseEstimate, WindowNorms
 from noiseopt.parallel import DDPModules, finds_unused, ranks_of, refuse_join
@@ -130,7 +137,13 @@ class Agreement:
         self._settings, self._lead = settings, lead
 
     def sum_(
-        self, row: Row, num_groups: int, extra: Tensor | None, what: str, at_once: bool
+        self,
+        row: Row,
+        num_groups: int,
+        extra: Tensor | None,
+        what: str,
+        at_once: bool,
+        plain: list[float] | None = None,
     ) -> None:
         """Sum a row over the ranks, in place.
 
@@ -145,6 +158,7 @@ class Agreement:
             extra: further numbers to sum, in place.
             what: what is summed, for an error.
             at_once: whether the sums are needed now.
+            plain: filled with the sums of the row and of `extra`, which waits for the device, once.
 
         Raises:
             RuntimeError: ranks do not go together, as far as the sums were read: on the CPU when
@@ -167,20 +181,23 @@ class Agreement:
 
         def end() -> None:
             end_sum()
+            further = len(row) + 2 * CHECKS
+            waits = isinstance(row, list) or plain is not None
+            read: Any = numbers.tolist() if waits else numbers
+            summed = read if isinstance(row, list) else numbers
             if extra is not None:
-                extra.copy_(numbers[len(row) + 2 * CHECKS :])
-            summed: Any = numbers.tolist() if isinstance(row, list) else numbers
+                extra.copy_(numbers[further:])
+            if plain is not None:
+                plain[:] = [*read[: len(row)], *read[further:]]
             row[:ENDED] = summed[: len(row) + ENDED]
             if self.ranks.model > 1:  # of counts no rank has a part
                 _divide(row, slice(2 * num_groups, ENDED), self.ranks.model)
-            self._sums.append((summed[len(row) : len(row) + 2 * CHECKS], told))
+            self._sums.append((read[len(row) : further], told))
 
         self._end, self._windows = end, self._windows + 1
         if at_once or self._windows <= WINDOWS_AT_ONCE:
             with self._telling_errors():
                 self._finish()
-                if extra is not None:  # which the caller waits for
-                    self._read(together=True)
 
     def _with_checks(self, row: Row, num_groups: int, extra: Tensor | None) -> Tensor:
         """What is summed: the row, what shows whether ranks go together, its squares, and more.

@@ -58,13 +58,12 @@ def reduce_window(
     params = [param for group in groups for param in group]
     lead = len(window) if flushing or late else math.inf
     measured, sums = window.hand_out(groups)
-    sparse = sum(total.layout != torch.strided for total in sums.values())
-    flags = [*(param in sums for param in params), flushing, sparse]
+    num_sparse = sum(total.layout != torch.strided for total in sums.values())
+    flags = [*(param in sums for param in params), flushing, num_sparse]
     told = torch.tensor(flags, dtype=sum_dtype(window.device), device="cpu")
-    told = moved(told, window.device, told.dtype)
-    row = as_tensor(adaptation.agree(measured, told, lead=lead))
-    numbers = torch.cat([told, row]).tolist()
-    *ranks_with, done, sparse = numbers[: len(flags)]
+    told, plain = moved(told, window.device, told.dtype), list[float]()
+    row = as_tensor(adaptation.agree(measured, told, lead=lead, plain=plain))
+    numbers, (*ranks_with, done, sparse) = plain[: len(row)], plain[len(row) :]
     if sparse:
         raise RuntimeError(
             f"{sparse:g} gradients are sparse, which the optimizer does not sum over ranks: leave "
