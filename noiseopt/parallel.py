@@ -97,7 +97,7 @@ class DDPModules:
     def __init__(self) -> None:
         self._groups: Sequence[Sequence[Tensor]] = ()
         self._found: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._others: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # which wrap other parameters
+        self._seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models, looked through
         self._number = -1  # how many were found
 
     def around(
@@ -124,12 +124,11 @@ class DDPModules:
 
     def _see(self, model: Any) -> None:
         known: Collection[Any] = self._found
-        if model in known or any(model is each.module for each in known):
+        if model in self._seen or any(model in (each, each.module) for each in known):
             return
-        for module in model.modules():
-            is_ddp = isinstance(module, DistributedDataParallel)
-            if is_ddp and module not in self._found and module not in self._others:
-                (self._found if _wraps(module, self._groups) else self._others).add(module)
+        self._seen.add(model)
+        ddp = [each for each in model.modules() if isinstance(each, DistributedDataParallel)]
+        self._found.update(each for each in ddp if _wraps(each, self._groups))
         self._number = len(self._found)
 
 

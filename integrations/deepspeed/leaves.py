@@ -22,6 +22,7 @@ class LeafNorms:
     Args:
         groups: the parameters of each group.
         device: where norms are kept.
+        spent: whether what a backward leaves in `param.grad` is of no effect any more.
 
     Attributes:
         norms: |f_i g_i|^2 of each backward, shape (groups,).
@@ -30,11 +31,15 @@ class LeafNorms:
         unread: whether a gradient came in parts, whose norms do not add, or past its hook.
     """
 
-    def __init__(self, groups: Sequence[Sequence[Tensor]], device: torch.device) -> None:
+    def __init__(
+        self, groups: Sequence[Sequence[Tensor]], device: torch.device, spent: bool = False
+    ) -> None:
         self._device = device
+        self.spent = spent
         self._num_groups = len(groups)
         self._params = [param for params in groups for param in params]
-        self._inside = self._reads = self._listens = False
+        self._inside = self._reads = False
+        self._listens = True
         self._arrived: dict[Tensor, tuple[int, Tensor]] = {}
         self.norms: list[Tensor] = []
         self.factors: list[Tensor] = []
@@ -76,13 +81,15 @@ class LeafNorms:
         self._arrived.clear()
 
     def held(self) -> int:
-        """How many parameters hold a gradient."""
-        return sum(param.grad is not None for param in self._params)
+        """How many parameters hold a gradient that counts."""
+        return 0 if self.spent else sum(param.grad is not None for param in self._params)
 
-    def marks(self) -> Sequence[tuple[int, int]]:
-        """What changes as soon as a gradient is edited; empty where nothing is measured."""
-        grads = (param.grad for param in self._params if self._listens)
-        return [(id(grad), grad._version) for grad in grads if grad is not None]
+    def marks(self) -> Sequence[tuple[int, ...]]:
+        """What changes as soon as a gradient is edited; empty where that makes no difference."""
+        if self.spent or not self._listens:
+            return ()
+        grads = [grad for param in self._params if (grad := param.grad) is not None]
+        return [(id(grad), grad._version, grad.data_ptr()) for grad in grads]
 
     def clear(self) -> None:
         """Start the next window."""

@@ -38,13 +38,14 @@ class LoopWatch:
         self._marks = self._leaves.marks()  # and theirs
         self._lost = False  # whether one of those went
         self._edited = False  # whether one was changed between a backward and what came next
-        self._cleared = False  # whether stage 3 is to begin its sum anew
+        self._cleared = False  # whether a sum that is kept elsewhere is begun anew
 
     def begin_step(self) -> None:
         """Count a call of `engine.step`, which is to come."""
         self._calls += 1
         self._stepped, self._held = len(self._leaves), self._leaves.held()
         self._see_edits()
+        self._lost |= self._leaves.spent and self._cleared
         if not self._control.loop_ends_windows:  # which may have them reduced before
             self._lost |= self._held < self._brought
 
@@ -71,9 +72,9 @@ class LoopWatch:
         self._edited |= len(self._leaves) > 0
 
     def see_clearing(self) -> None:
-        """See that the optimizer clears gradients: at stage 3 those that were reduced, too."""
-        stage = int(self._engine.zero_optimization_stage())
-        self._cleared |= stage == SUMS_ANEW and len(self._leaves) > 0
+        """See that the optimizer clears gradients: those that it keeps elsewhere, too."""
+        anew = self._leaves.spent or int(self._engine.zero_optimization_stage()) == SUMS_ANEW
+        self._cleared |= anew and len(self._leaves) > 0
 
     def _see_edits(self) -> None:
         self._edited |= len(self._leaves) > 0 and self._marks != self._leaves.marks()
@@ -151,8 +152,9 @@ class LoopWatch:
             self._tell_here(
                 "edited",
                 "gradients were edited between engine.backward() and engine.step(), as by "
-                "clip_grad_norm_: such windows are not measured; to clip, set gradient_clipping in "
-                "the config, which DeepSpeed does itself, and change gradients in a parameter's "
+                "clip_grad_norm_ (also at inf, for the norm): such windows are not measured; to "
+                "clip, set gradient_clipping in the config, which DeepSpeed does itself; to read a "
+                "norm, call engine.get_global_grad_norm(); and change gradients in a parameter's "
                 "register_hook()",
             )
             return False

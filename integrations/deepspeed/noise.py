@@ -57,7 +57,7 @@ class EngineNoise(NoiseReadings):
         names = group_names(self._wrapper.basic.param_groups)
         self._adaptation = Adaptation(settings.config, rule, names, ranks)
         self._adaptation.settings = self._hyper_parameters
-        self._leaves = LeafNorms(self._groups, device)
+        self._leaves = LeafNorms(self._groups, device, self._wrapper.spends_grad)
         self._control = EngineControl(engine, self._wrapper, settings)
         self._loop = LoopWatch(engine, self._leaves, self._control)
         self._window = EngineWindow(

@@ -35,9 +35,11 @@ class Wrapper:
 
     Attributes:
         sharded: whether each rank holds but a part of the mean.
+        spends_grad: whether `param.grad` is spent after a backward, its sum being kept elsewhere.
     """
 
     sharded = False
+    spends_grad = False
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
@@ -202,6 +204,7 @@ class Bf16Wrapper(Wrapper):
     """Stage 1 in bf16 with fp32 accumulation."""
 
     sharded = True
+    spends_grad = True
 
     def params(self) -> Groups:
         """The model's own parameters in each group."""

@@ -7,13 +7,14 @@ again at the step, shows the factor.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from noiseopt.capture.norms import device_of, squared_norms, unknown_norms
 from noiseopt.capture.passes import BackwardPasses
-from noiseopt.capture.sharding import local
+from noiseopt.capture.sharding import is_sharded, local
 
 SAMPLED_TENSORS = 8
 SAMPLED_ENTRIES = 1024
@@ -25,15 +26,20 @@ class LocalNorms:
     Args:
         groups: the parameters of each group. Frozen ones are passed over.
         reads: tells whether the open window is measured.
+        summed: sums over the ranks what each knows of its part of a gradient, if it is a part.
 
     Attributes:
         passes: the hooks.
     """
 
     def __init__(
-        self, groups: Sequence[Sequence[Tensor]], reads: Callable[[], bool] = lambda: True
+        self,
+        groups: Sequence[Sequence[Tensor]],
+        reads: Callable[[], bool] = lambda: True,
+        summed: Callable[[Tensor], Tensor] = lambda totals: totals,
     ) -> None:
         self._reads = reads
+        self._summed = summed
         self._device = device_of(groups)
         self._with_grad: list[Tensor] = []
         self._before: Tensor | None = None
@@ -82,8 +88,11 @@ class LocalNorms:
         self._check()
         norms = torch.stack(self.passes.norms)
         if self._before is not None:
+            sums = torch.stack([self._sum_of_squares(), self._before])
+            if self._may_hold_nothing():
+                sums = self._summed(sums)
             # nan where the sample is all zeros: then nothing shows a factor.
-            norms = norms * (self._sum_of_squares() / self._before)
+            norms = norms * (sums[0] / sums[1])
         known = len(self) == number and not self.passes.watch_more(groups)
         self.clear()
         return norms if known else norms.new_full((number, norms.shape[1]), math.nan)
@@ -96,6 +105,14 @@ class LocalNorms:
                 "step(), so that what the ranks measured is not what would be applied: freeze "
                 "parameters by requires_grad_(False) instead"
             )
+
+    def _may_hold_nothing(self) -> bool:
+        """Whether some rank's shards may all be empty, as where few outputs are trained."""
+        params: Sequence[Any] = self._with_grad
+        return all(
+            is_sharded(param) and min(param.shape, default=0) < param.device_mesh.size()
+            for param in params
+        )
 
     def scale(self, factor: float) -> None:
         """Take in that `p.grad` was multiplied by a factor which is none of the loop's."""

@@ -77,13 +77,13 @@ class GradientSums:
                 self._sums[param] = grad.detach().to(wide, copy=True)
         if sums:
             torch._foreach_copy_(sums, grads)
-        if weight != 1:
+        if weight != 1 and pairs:
             torch._foreach_mul_([self._sums[param] for param, _ in pairs], weight)
         self._summed.update(param for param, _ in pairs)
 
     def merge(self, pairs: Pairs, weight: float) -> None:
         """Add the last gradients, which are `p.grad`, and leave the sums there."""
-        if weight != 1:
+        if weight != 1 and pairs:
             torch._foreach_mul_([grad for _, grad in pairs], weight)
         sums: list[Tensor] = []
         grads: list[Tensor] = []

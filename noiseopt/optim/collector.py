@@ -82,7 +82,9 @@ class GradientCollector:
             self._external = ExternalWindows(ranks, groups, adaptation)
             self._hooks.append(self._external.capture)
         elif ranks.data > 1 and not self._always_own:
-            self._local = LocalNorms(groups, lambda: told.measures)
+            self._local = LocalNorms(
+                groups, lambda: told.measures, lambda totals: told.summed_parts(totals)
+            )
             self._hooks.append(self._local)
         for hooks in self._hooks:
             weakref.finalize(self, hooks.passes.detach)
@@ -217,10 +219,10 @@ class GradientCollector:
         with self._forgotten_if_it_raises(), reducing_if(last, modules):
             yield
         self._put_off = self._external is None
-        if last:
+        if last and not self._kept.remain():  # else no backward came
             self._kept.clear()
             self._make_mean(groups)
-        else:
+        elif not last:
             self._kept.note(slot for slots in modules.values() for slot in slots)
 
     def _make_mean(self, groups: Groups) -> None:
@@ -259,6 +261,12 @@ class GradientCollector:
         except BaseException:
             self._forget_micro_batch()
             raise
+
+    def may_lack_gradients(self, groups: Groups) -> bool:
+        """Whether this micro-batch may leave nothing in `p.grad` on this rank."""
+        if not self._is_own:
+            return self.waits
+        return any(map(finds_unused, self._adaptation.ddp_around(groups)))
 
     def _forget_micro_batch(self) -> None:
         self._is_own, self._unstepped = self._always_own, False

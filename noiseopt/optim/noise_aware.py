@@ -216,7 +216,7 @@ class NoiseAware(AppliesMeans):
             self._torch_step()
             return
         has_gradient = any(p.grad is not None for params in self._all_params() for p in params)
-        if has_gradient or not self._collector.waits:
+        if has_gradient or not self._collector.may_lack_gradients(self._all_params()):
             check_step(self.param_groups, has_gradient)
         if not self._logged:
             self._start(adaptation)
@@ -229,9 +229,11 @@ class NoiseAware(AppliesMeans):
         """Apply what no `step()` of this rank's loop ends: at other ranks' rates, if they lead."""
         assert self._adaptation is not None
         groups = self.param_groups
-        with overridden(groups, values_from(self._adaptation.followed, groups)):
-            self._finish(ended)
-        self.zero_grad()  # which a loop does after its step()
+        try:
+            with overridden(groups, values_from(self._adaptation.followed, groups)):
+                self._finish(ended)
+        finally:
+            self.zero_grad()  # which a loop does after its step()
 
     def _finish(self, ended: Ended) -> None:
         """Apply the mean that `p.grad` holds, and close the window."""

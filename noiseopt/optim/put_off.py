@@ -63,6 +63,10 @@ class KeptGradients:
                 "its own: leave optimizer.accumulate() out"
             )
 
+    def remain(self) -> bool:
+        """Whether some have not been averaged yet."""
+        return any(slot.keeps_gradient for slot in self._slots)
+
     def clear(self) -> None:
         """Forget them, whether they are there or not."""
         self._slots = []

@@ -332,6 +332,23 @@ def an_optimizer_for_each_head(rank):
     return [seen(optimizer, net) for optimizer in optimizers]
 
 
+def heads_accumulated(rank):
+    """Each head's optimizer takes what the rank brings, which may be nothing."""
+    group = dist.new_group(timeout=timedelta(seconds=20))
+    net = TwoHeads()
+    optimizer = NoiseAwareAdamW(
+        net.heads[1].parameters(), lr=LR, noise=measured(2), process_group=group
+    )
+    net.trunk.requires_grad_(False)
+    wrapped = unused_found(net)
+    for index, batch in enumerate(part(draw(STEPS * RANKS), rank)):
+        with optimizer.accumulate(wrapped):
+            loss_of(functools.partial(wrapped, head=head_of(index, rank)), batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen(optimizer, net)
+
+
 def two_heads_alone():
     """The means and norms of both ranks' parts by hand, stepped by torch."""
     net, found = TwoHeads(), [[], [], []]
@@ -715,6 +732,7 @@ CASES = {
     "no backward": gradients_without_a_backward,
     "no backward at all": gradients_without_a_backward_of_any_rank,
     "two heads": an_optimizer_for_each_head,
+    "heads, accumulated": heads_accumulated,
     "external": functools.partial(external, monitor=False),
     "monitor": functools.partial(external, monitor=True),
     "bad first": functools.partial(nonfinite_on_one_rank, step=2),
@@ -958,6 +976,21 @@ def test_an_optimizer_whose_parameters_one_rank_does_not_use_goes_on(ranks):
         found = [(w.norms.small_sq[0], w.norms.big_sq[0]) for w in one["windows"]]
         assert found == [pytest.approx(tuple(map(float, pair)), rel=1e-9) for pair in expected]
         torch.testing.assert_close(one["weights"], weights, rtol=0, atol=1e-10)
+
+
+def test_inside_accumulate_a_rank_may_use_none_of_an_optimizers_parameters(ranks):
+    """Only the other rank does, in every other micro-batch: a quarter of the window."""
+    first, second = result(ranks, "heads, accumulated")
+    assert_agreed(first, second)
+    net = TwoHeads()
+    net.trunk.requires_grad_(False)
+    optimizer = torch.optim.AdamW(net.heads[1].parameters(), lr=LR)
+    for batch in part(draw(STEPS * RANKS), 1)[1::2]:
+        (loss_of(functools.partial(net, head=1), batch) / 4).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-10)
+    assert all(window.norms.count == 4 for window in first["windows"])
 
 
 @pytest.mark.parametrize("name", ["external", "monitor"])

@@ -454,11 +454,15 @@ def thawed_inside(rank):
         return windows(engine)[-1].norms.small_sq
 
 
-def cleared_by_the_loop(rank, way, stage, by):
+SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
+
+
+def cleared_by_the_loop(rank, way, stage, by, sums=False):
     """Windows of three that the loop ends: gradients cleared inside the first, and before each."""
     engines.set_up(rank)
     more = {"managed_gradient_accumulation": False} if way == "unmanaged" else {}
-    config = config_of(stage, steps=3, noise=THREE, **NOT_CLIPPED, **more)
+    more |= SUMS if sums else {}
+    config = config_of(stage, sums, steps=3, noise=THREE, **NOT_CLIPPED, **more)
     net = build(torch.float32)
     with Warnings() as texts, engine_of(config, net) as engine:
         clears = {"engine": engine, "optimizer": engine.optimizer, "model": net}
@@ -486,17 +490,17 @@ def halve(engine, how):
             safe_set_full_grad(param, torch.ones(getattr(param, "ds_shape", param.shape)))
 
 
-def edited(rank, stage, how, at=1, bf16=False):
+def edited(rank, stage, how, at=1, bf16=False, first=2, **more):
     """Three windows of two; in the second gradients are edited after one of the backwards."""
     engines.set_up(rank)
     net = build(torch.float32)
-    config = config_of(stage, bf16, steps=2, noise=TWO, **NOT_CLIPPED)
+    config = config_of(stage, bf16, steps=2, noise=TWO, **NOT_CLIPPED, **more)
     with Warnings() as texts, engine_of(config, net) as engine:
         for index, batch in enumerate(batches_of(6, rank)):
             backward(engine, batch)
-            if index == 2 + at and how == "by norm":
+            if index == first + at and how == "by norm":
                 torch.nn.utils.clip_grad_norm_(net.parameters(), 0.01)
-            elif index == 2 + at:
+            elif index == first + at:
                 halve(engine, how)
             engine.step()
         measured = [window.norms.finite for window in windows(engine)]
@@ -606,7 +610,15 @@ CASES = {
             ("unmanaged", 3, "engine"),
         )
     },
+    **{
+        f"cleared, sums in fp32 {by}": functools.partial(
+            cleared_by_the_loop, way="boundary", stage=1, by=by, sums=True
+        )
+        for by in ("model", "optimizer")
+    },
     "edited by norm": functools.partial(edited, stage=0, how="by norm"),
+    "edited at first": functools.partial(edited, stage=0, how="by norm", first=0),
+    "spent": functools.partial(edited, stage=1, how="in place", bf16=True, **SUMS),
     "edited anew": functools.partial(edited, stage=0, how="anew"),
     "edited in bf16": functools.partial(edited, stage=0, how="in place", bf16=True),
     "edited inside": functools.partial(edited, stage=0, how="in place", at=0),
@@ -823,7 +835,11 @@ def test_gradients_are_read_as_the_users_hooks_leave_them(ranks, stage, each):
         assert seen == pytest.approx(wanted, rel=1e-5)
 
 
-HARMLESS = ("cleared, boundary 2 optimizer", "cleared, unmanaged 3 engine")  # they keep them apart
+HARMLESS = (  # they keep them apart
+    "cleared, boundary 2 optimizer",
+    "cleared, unmanaged 3 engine",
+    "cleared, sums in fp32 model",
+)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("cleared, ")])
@@ -837,10 +853,17 @@ def test_what_is_cleared_inside_a_window_of_the_loops_own_is_told(ranks, name):
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("edited", "set "))])
 def test_gradients_that_are_edited_before_their_step_are_told(ranks, name):
     for rank, (texts, measured, restored) in enumerate(result(ranks, name)):
-        assert measured == [True, False, True]
+        first = name == "edited at first"
+        assert measured == [not first, first, True]
         (text,) = texts
         assert text.startswith(f"rank {rank}: gradients were edited between")
         assert restored
+
+
+def test_an_edit_of_what_deepspeed_has_added_up_elsewhere_is_none(ranks):
+    for texts, measured, _ in result(ranks, "spent"):
+        assert measured == [True] * 3
+        assert not texts
 
 
 @pytest.mark.parametrize("by", ["a constant", "two", "the length"])

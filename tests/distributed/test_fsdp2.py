@@ -148,6 +148,32 @@ def clipped(rank):
     return seen(optimizer, net)
 
 
+class Probe(nn.Sequential):
+    """One output on a frozen layer: of its shards the last rank's hold nothing."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1, bias=False))
+        self.double()[0].requires_grad_(False)
+
+
+def loss_of_probe(model, batch):
+    inputs, targets = batch
+    return (model(inputs) - targets[:, :1]).square().mean()
+
+
+def probed(rank, max_norm=torch.inf):
+    """A loop that clips, or reads the norm only."""
+    net = shard(Probe())
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
+    for batch in part(draw(STEPS * RANKS), rank):
+        loss_of_probe(net, batch).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), max_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen(optimizer, net)
+
+
 def fixed_auto(**settings):
     return NoiseConfig(
         accumulation_steps=2,
@@ -514,6 +540,8 @@ NARROW = {
 IN_TURN = {"alternating": ((0, 2), 4), "last": ((None, 0), 2)}  # layers, and steps of a window
 
 CASES = {
+    "probe": probed,
+    "probe, clipped": functools.partial(probed, max_norm=0.01),
     **{
         f"{name} {steps} {accumulates}": functools.partial(
             sharded_run, steps=steps, accumulates=accumulates, **kwargs
@@ -1015,3 +1043,16 @@ def test_parameters_that_are_frozen_in_turn_are_measured_where_they_are_not(
     expected = frozen_in_turn_alone(*IN_TURN[name])
     assert_same_windows(first["windows"], expected["windows"], 1e-10)
     torch.testing.assert_close(first["weights"], expected["weights"], rtol=0, atol=1e-10)
+
+
+def test_ranks_whose_shards_hold_nothing_follow_what_the_loop_scales(ranks):
+    plain, clipped = result(ranks, "probe")[0], result(ranks, "probe, clipped")[0]
+    net = Probe()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(4))
+    train(
+        net, optimizer, draw(STEPS * RANKS), lambda model, b: (model(b[0]) - b[1]).square().mean()
+    )
+    assert_same_windows(plain["windows"], seen(optimizer, net)["windows"], 1e-9)
+    micro = clipped["windows"][0].norms.big_sq[0]
+    assert micro < 0.01**2 * (1 + 1e-9)
+    assert all(window.norms.shows_noise for window in clipped["windows"])
