@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.checkpoint.api import CheckpointException  # no Exception
 
 from noiseopt.control.controller import MEASURED_AT_FIRST
 from tests.optim.helpers import draw
@@ -61,7 +62,7 @@ def _work(rank, ranks, port, folder, cases):
     for name, case in cases.items():
         try:
             results[name] = case(rank)
-        except (Exception, pytest.fail.Exception):
+        except (Exception, CheckpointException, pytest.fail.Exception):
             results[name] = Raised(traceback.format_exc())
         dist.barrier()
     torch.save(results, f"{folder}/{rank}.pt")
