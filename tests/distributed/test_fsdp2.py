@@ -1049,9 +1049,7 @@ def test_ranks_whose_shards_hold_nothing_follow_what_the_loop_scales(ranks):
     plain, clipped = result(ranks, "probe")[0], result(ranks, "probe, clipped")[0]
     net = Probe()
     optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(4))
-    train(
-        net, optimizer, draw(STEPS * RANKS), lambda model, b: (model(b[0]) - b[1]).square().mean()
-    )
+    train(net, optimizer, draw(STEPS * RANKS), loss_of_probe)
     assert_same_windows(plain["windows"], seen(optimizer, net)["windows"], 1e-9)
     micro = clipped["windows"][0].norms.big_sq[0]
     assert micro < 0.01**2 * (1 + 1e-9)
