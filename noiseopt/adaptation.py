@@ -245,7 +245,7 @@ class Adaptation(Decides):
             self._agreement.set_state(self._common_state())
         noise, steps = decision.noise, decision.accumulation_steps
         if noise is not None and noise.count >= self.config.min_count:
-            self._agreement.see_noise(noise, decision.batch / steps / decision.ranks)
+            self._agreement.suspicions.see_noise(noise, decision.batch / steps / decision.ranks)
 
     def _learn(self, together: bool = False) -> None:
         """Take in every queued row. This waits for the device."""
@@ -257,7 +257,7 @@ class Adaptation(Decides):
             self._take_in(window)
             self._standstill.see(window.applied)
             if window.norms is not None and not self.samples.are_told:  # with weights of their own
-                self._agreement.see_mean(window.norms)
+                self._agreement.suspicions.see_mean(window.norms)
 
     def shorten(self, steps: int, taken: int) -> None:
         """Let the open window, of which so many were taken, be shorter than was decided."""

@@ -2,7 +2,7 @@
 
 Along with a window's row go a few numbers of each rank and their squares. Their sums show whether
 the ranks hold the same mean gradient and the same decision state, which they must, and whether they
-see the same data or draw the same random numbers, which they should not.
+see the same data or draw the same random numbers, which they should not: see `suspicions`.
 """
 
 import logging
@@ -25,15 +25,12 @@ from noiseopt.capture import (
     squared_norms,
 )
 from noiseopt.distributed import DIGESTS, Ranks, digest, refuse_differing, spread
-from noiseopt.estimate import NoiseEstimate, WindowNorms
 from noiseopt.parallel import DDPModules, finds_unused, ranks_of, refuse_join
+from noiseopt.suspicions import Suspicions
 
 TOLERANCE = 1e-12  # of the relative variance of the mean gradient's squared norm
 SAME = 1e-14  # what rounding leaves of the relative variance of equal numbers
 TINY = 1e-30  # a squared norm; of smaller ones squares in fp32 may be zero
-SUSPECT = 0.02  # noise over a micro-batch's squared gradient
-SUMMED = 1.5  # the mean's squared norm over the mean of the squared norms, which is 1 at most
-WINDOWS_TO_BE_SURE = 3
 WINDOWS_AT_ONCE = 20  # of a run's first; mistakes in a loop show there
 CHECKS = 4  # numbers that show whether ranks go together
 CPU = torch.device("cpu")
@@ -55,6 +52,7 @@ class Agreement:
         ranks: those that take part.
         followed: the settings of other ranks that the last sum's update is to be made with, where
             this one is out of its turn.
+        suspicions: what ranks that go together may still do wrong.
     """
 
     def __init__(self, ranks: Ranks, on_error: Callable[[Exception], None]) -> None:
@@ -71,10 +69,7 @@ class Agreement:
         self._sums: list[tuple[Row, Told]] = []  # of the checks, with what the digest was made of
         self._windows = 0
         self._end: Callable[[], None] | None = None
-        self._with_same_data = 0
-        self._with_same_randomness = 0
-        self._with_like_data = False
-        self._longer_than_a_mean = 0
+        self.suspicions = Suspicions(ranks)
 
     def see_ranks(
         self, groups: Sequence[Sequence[Tensor]], process_group: dist.ProcessGroup | None
@@ -270,8 +265,8 @@ class Agreement:
             if self.ranks.data == 1:  # of one model's parts each sees the same
                 continue
             if not math.isnan(sums[0]):  # as in a window that is not measured
-                self._watch_data(local < SAME and sums[0] > 0)
-            self._watch_randomness(drawn < SAME and sums[3] > 0)
+                self.suspicions.see_data(local < SAME and sums[0] > 0)
+            self.suspicions.see_randomness(drawn < SAME and sums[3] > 0)
 
     def _follow_or_stop(self, own: Told, together: bool) -> None:
         what = "the state that decisions rest on, or the optimizer's settings"
@@ -298,71 +293,6 @@ class Agreement:
                 "use noise='off', or NoiseConfig(gradients='local') to have the optimizer average "
                 "it; an update may have been made with it already"
             )
-
-    def _watch_data(self, same: bool) -> None:
-        self._with_same_data = _in_a_row(self._with_same_data, same)
-        if self._with_same_data == WINDOWS_TO_BE_SURE:
-            self.ranks.warn(
-                f"the gradients of all {self.ranks.data} ranks are the same before they are "
-                "averaged: the ranks see the same data, and measure no noise; give each rank its "
-                "own part, for instance by a DistributedSampler"
-            )
-
-    def see_noise(self, noise: NoiseEstimate, micro_batch: float) -> None:
-        """Warn, once, where noise is so small a part of a micro-batch's gradient as to be suspect.
-
-        Ranks that see the same data, each with its own dropout, measure that alone.
-
-        Args:
-            noise: as it is known.
-            micro_batch: the samples of one on one rank.
-        """
-        part = noise.scale_upper / (noise.scale_upper + micro_batch)
-        told = self._with_like_data or self._with_same_data >= WINDOWS_TO_BE_SURE
-        if self.ranks.data > 1 and part < SUSPECT and not told:
-            self._with_like_data = True
-            self.ranks.warn(
-                f"noise is at most {part:.2g} of a micro-batch's squared gradient: the ranks see "
-                "nearly the same data, which each should have a part of, for instance by a "
-                f"DistributedSampler; or micro-batches of {micro_batch:.4g} {noise.unit} are far "
-                f"larger than the noise asks for, which is {noise.scale_upper:.3g} at most"
-            )
-
-    def see_mean(self, norms: WindowNorms) -> None:
-        """Warn, once, where gradients are longer than the mean over ranks of what these brought.
-
-        The squared norm is convex, so that of a mean is at most the mean of the squared norms.
-
-        Args:
-            norms: of a window of equal micro-batches.
-        """
-        if self.ranks.data == 1 or not norms.small_sq:
-            return
-        mean, own = sum(norms.big_sq), sum(norms.small_sq)
-        self._longer_than_a_mean = _in_a_row(self._longer_than_a_mean, mean > SUMMED * own)
-        if self._longer_than_a_mean == WINDOWS_TO_BE_SURE:
-            self.ranks.warn(
-                f"the gradients at step() are longer (squared norm {mean:.3g}) than a mean of what "
-                f"the ranks' backwards brought can be ({own:.3g}): where they are summed over "
-                "ranks and not averaged, as by a communication hook or FSDP2's "
-                "set_gradient_divide_factor(1.0), the noise is measured wrongly; have them "
-                f"averaged, and multiply the loss by the {self.ranks.data} ranks"
-            )
-
-    def _watch_randomness(self, same: bool) -> None:
-        self._with_same_randomness = _in_a_row(self._with_same_randomness, same)
-        if self._with_same_randomness == WINDOWS_TO_BE_SURE:
-            self.ranks.warn(
-                f"all {self.ranks.all} ranks draw the same random numbers: dropout masks and "
-                "augmentations are the same on each, and pass for signal; after the model is "
-                "built, seed each rank that sees other data differently, as by "
-                "torch.manual_seed(seed + rank)"
-            )
-
-
-def _in_a_row(windows: int, same: bool) -> int:
-    """How many windows in a row had it, which goes on to count from where that was told."""
-    return windows + 1 if same or windows >= WINDOWS_TO_BE_SURE else 0
 
 
 def starting_facts(groups: Sequence[Sequence[Tensor]], ranks: Ranks) -> dict[str, object]:

@@ -23,17 +23,21 @@ from noiseopt.capture import (
     big_columns,
     device_of,
     laid_out,
-    local,
     norm_of_mean,
-    scale_all,
-    unsharded_leaves,
 )
 from noiseopt.control import NoiseConfig
 from noiseopt.distributed import Ranks, sync_buffers
 from noiseopt.loop_checks import LoopChecks
 from noiseopt.optim.ended import Ended
 from noiseopt.optim.external import ExternalWindows
-from noiseopt.optim.put_off import KeptGradients, reducing_if, sharded_modules
+from noiseopt.optim.put_off import (
+    PutOff,
+    drop_gradients,
+    have_gradient,
+    reducing_if,
+    refuse_averaged,
+    sharded_modules,
+)
 from noiseopt.optim.reduction import averaging_modules, keeping_own, reduce_window
 from noiseopt.parallel import finds_unused
 
@@ -73,10 +77,8 @@ class GradientCollector:
         self._checks = LoopChecks(ranks)
         self._inside = 0  # contexts of accumulate() for a micro-batch of this rank's own
         self._unstepped = False  # whether a micro-batch of accumulate() awaits its step()
-        self._put_off = False  # whether a micro-batch of accumulate() under FSDP2 awaits its step()
+        self._unstepped_fsdp2 = False  # the same under FSDP2
         self.waits = False  # whether FSDP2 keeps the gradient of the micro-batch that comes
-        self._kept = KeptGradients()
-        self._added_up = 1  # of how many micro-batches accumulate() has left the sum or the mean
         told = weakref.proxy(adaptation)  # the hooks, which the parameters hold, keep nothing alive
         if config.accumulation == "external":
             self._external = ExternalWindows(ranks, groups, adaptation)
@@ -86,6 +88,7 @@ class GradientCollector:
                 groups, lambda: told.measures, lambda totals: told.summed_parts(totals)
             )
             self._hooks.append(self._local)
+        self._put_off = PutOff(self._of_sums, self._local)
         for hooks in self._hooks:
             weakref.finalize(self, hooks.passes.detach)
 
@@ -121,17 +124,14 @@ class GradientCollector:
     def clear(self, keep_memory: bool) -> None:
         """Forget what the open window holds."""
         self._window.clear(keep_memory)
-        self._kept.clear()
-        self._added_up = 1
+        self._put_off.clear()
         for hooks in self._hooks:
             hooks.clear()
 
     def abandon(self, groups: Groups) -> None:
         """Forget the open window, with what FSDP2 holds of it."""
         if self.waits or self._window.passed_over:
-            params = [param for params in groups for param in params]
-            for slot in (slot for _, slots in unsharded_leaves(params) for slot in slots):
-                slot.drop_gradient()
+            drop_gradients(groups)
         self._forget_micro_batch()
         self.clear(keep_memory=False)
 
@@ -143,14 +143,14 @@ class GradientCollector:
         """
         if self._external is not None:
             return self._external.take(groups)
-        own, waits, inside = self._is_own, self.waits, self._is_own or self._put_off
+        own, waits, inside = self._is_own, self.waits, self._is_own or self._unstepped_fsdp2
         self._forget_micro_batch()
         self._check_kind(inside)
         added_up = waits or self._window.passed_over > 0  # by FSDP2, each weighing the same
         samples, weight = self._adaptation.next_samples(self._device, own or added_up)
         weight = 1.0 if added_up and not self._of_sums else weight
         if waits:
-            _refuse_averaged(groups)
+            refuse_averaged(groups)
             self._window.pass_over(samples, weight)
             return None
         closes = len(self) + 1 >= self._adaptation.steps
@@ -159,8 +159,7 @@ class GradientCollector:
             return self._reduce(groups)[0] if closes else None
         self._settle(groups)
         norms = None if self._local is None else self._read_own(self._local, groups)
-        is_mean = self._added_up > 1 and not self._of_sums
-        measured = self._window.take(groups, samples, weight, closes, norms, is_mean)
+        measured = self._window.take(groups, samples, weight, closes, norms, self._put_off.has_mean)
         return None if measured is None else self._end(measured, groups)
 
     def flush(self, groups: Groups) -> Iterator[Ended]:
@@ -212,47 +211,29 @@ class GradientCollector:
     def _putting_off(self, model: nn.Module, groups: Groups) -> Iterator[None]:
         """Have FSDP2 keep the gradients of a window's micro-batches until its last."""
         modules = sharded_modules(model, groups)
-        self._kept.check()
+        self._put_off.check()
         self._go_on_unstepped(groups)
         last = len(self) + 1 >= self._adaptation.steps
         self.waits = self._external is None and not last
         with self._forgotten_if_it_raises(), reducing_if(last, modules):
             yield
-        self._put_off = self._external is None
-        if last and not self._kept.remain():  # else no backward came
-            self._kept.clear()
-            self._make_mean(groups)
-        elif not last:
-            self._kept.note(slot for slots in modules.values() for slot in slots)
-
-    def _make_mean(self, groups: Groups) -> None:
-        """Divide the sum that FSDP2 has brought by its micro-batches: the loop may clip it next."""
-        number = self._window.passed_over + 1
-        if number > 1 and self._scale(groups, 1 / number):
-            self._added_up = number
+        self._unstepped_fsdp2 = self._external is None
+        if last:
+            self._put_off.end(groups, self._window.passed_over + 1)
+        else:
+            self._put_off.note(slot for slots in modules.values() for slot in slots)
 
     def _go_on_unstepped(self, groups: Groups) -> None:
         """Go on where no `step()` has followed the last micro-batch of a window of FSDP2's."""
-        if self._added_up == 1:
+        if self._put_off.added_up == 1:
             return
         # A rank's part of the gradients may be zero where others' are not.
-        there = torch.tensor(float(_have_gradient(groups)), device=self._device)
-        if self._adaptation.summed_parts(there).item() > 0:  # what comes is added to them
-            self._scale(groups, float(self._added_up))
-            self._added_up = 1
+        there = torch.tensor(float(have_gradient(groups)), device=self._device)
+        if self._adaptation.summed_parts(there).item() > 0:
+            self._put_off.go_on(groups)
         else:  # thrown away, as by a GradScaler
             self._adaptation.losses.begin_again()
             self.abandon(groups)
-
-    @torch.no_grad()
-    def _scale(self, groups: Groups, factor: float) -> bool:
-        """Multiply all gradients, unless they are of sums of losses; whether there was any."""
-        grads = [grad for params in groups for p in params if (grad := p.grad) is not None]
-        if not self._of_sums:
-            scale_all(grads, factor)
-            if self._local is not None:
-                self._local.scale(factor)
-        return bool(grads)
 
     @contextmanager
     def _forgotten_if_it_raises(self) -> Iterator[None]:
@@ -270,7 +251,7 @@ class GradientCollector:
 
     def _forget_micro_batch(self) -> None:
         self._is_own, self._unstepped = self._always_own, False
-        self.waits = self._put_off = False
+        self.waits = self._unstepped_fsdp2 = False
 
     def _leaves_averaging(self, wrappers: Sequence[nn.Module], last: bool) -> bool:
         """Whether DDP had better average this micro-batch itself, while its backward runs.
@@ -306,7 +287,7 @@ class GradientCollector:
 
     def is_unstepped(self, groups: Groups) -> bool:
         """Whether the last micro-batch of `accumulate` was thrown away instead of stepped."""
-        return self._unstepped and self._inside == 0 and not _have_gradient(groups)
+        return self._unstepped and self._inside == 0 and not have_gradient(groups)
 
     @contextmanager
     def _unread(self) -> Iterator[None]:
@@ -369,22 +350,3 @@ class GradientCollector:
         row, steps, done = reduce_window(self._window, groups, self._adaptation, **how)
         sync_buffers(self._adaptation.ddp_around(groups), groups)
         return Ended(row, norm_of_mean(row), None, steps), done
-
-
-def _refuse_averaged(groups: Groups) -> None:
-    """Refuse a micro-batch that FSDP2 has averaged though that was to be put off."""
-    if _have_gradient(groups):
-        raise RuntimeError(
-            "FSDP2 has averaged gradients of a micro-batch for which optimizer.accumulate() had "
-            "put that off, as where two optimizers accumulate on one model, or where some "
-            "parameters are none of FSDP2's: leave accumulate() out"
-        )
-
-
-def _have_gradient(groups: Groups) -> bool:
-    """Whether `p.grad` holds something. Where it is there, this waits for the device, once."""
-    grads = [local(p.grad) for params in groups for p in params if p.grad is not None]
-    if any(grad.layout != torch.strided for grad in grads):
-        return True
-    flags = [grad.any() for grad in grads]
-    return bool(flags) and bool(torch.stack([f.to(flags[0].device) for f in flags]).any())
