@@ -86,6 +86,18 @@ def part(batches, rank, ranks=RANKS):
     return batches[rank::ranks]
 
 
+def stopped(optimizer, losses):
+    """After how many updates a loop over losses stops, and what is said; None if it does not."""
+    for updates, loss in enumerate(losses):
+        loss.backward()
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            return updates, str(error)
+        optimizer.zero_grad()
+    return None
+
+
 def windows_of(optimizer):
     """The statistics of every window that the kept decisions rest on."""
     return [window for decision in optimizer.decisions for window in decision.windows]
