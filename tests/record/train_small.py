@@ -1,5 +1,7 @@
 """A small run with checkpoints that is started again and again until it is done.
 
+It writes a line at each step.
+
 python train_small.py FOLDER STEPS
 """
 
@@ -37,9 +39,9 @@ def main(folder, steps):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         done = state["done"]
-    sys.stdout.write("begins\n")
-    sys.stdout.flush()
     for step in range(done, steps):
+        sys.stdout.write("step\n")
+        sys.stdout.flush()
         torch.manual_seed(step)
         x = torch.randn(4, 64)
         (model(x) - x.roll(1, 1)).square().mean().backward()
