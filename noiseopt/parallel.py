@@ -97,7 +97,6 @@ class DDPModules:
     def __init__(self) -> None:
         self._groups: Sequence[Sequence[Tensor]] = ()
         self._found: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models, looked through
         self._number = -1  # how many were found
 
     def around(
@@ -124,11 +123,11 @@ class DDPModules:
 
     def _see(self, model: Any) -> None:
         known: Collection[Any] = self._found
-        if model in self._seen or any(model in (each, each.module) for each in known):
+        if any(model in (each, each.module) for each in known):
             return
-        self._seen.add(model)
         ddp = [each for each in model.modules() if isinstance(each, DistributedDataParallel)]
-        self._found.update(each for each in ddp if _wraps(each, self._groups))
+        new = [each for each in ddp if each not in known]
+        self._found.update(each for each in new if _wraps(each, self._groups))
         self._number = len(self._found)
 
 

@@ -89,7 +89,7 @@ class LeafNorms:
         if self.spent or not self._listens:
             return ()
         grads = [grad for param in self._params if (grad := param.grad) is not None]
-        return [(id(grad), grad._version, grad.data_ptr()) for grad in grads]
+        return [(id(grad), grad._version, _address(grad)) for grad in grads]
 
     def clear(self) -> None:
         """Start the next window."""
@@ -146,3 +146,7 @@ class LeafNorms:
     def _joined(self, group: int) -> Tensor:
         begun = [norm for index, norm in self._arrived.values() if index == group]
         return joined_norm(begun, self._device)
+
+
+def _address(grad: Tensor) -> int:
+    return grad.data_ptr() if grad.layout == torch.strided else 0  # sparse ones have none

@@ -7,14 +7,13 @@ again at the step, shows the factor.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from noiseopt.capture.norms import device_of, squared_norms, unknown_norms
 from noiseopt.capture.passes import BackwardPasses
-from noiseopt.capture.sharding import is_sharded, local
+from noiseopt.capture.sharding import local, may_be_empty
 
 SAMPLED_TENSORS = 8
 SAMPLED_ENTRIES = 1024
@@ -107,12 +106,8 @@ class LocalNorms:
             )
 
     def _may_hold_nothing(self) -> bool:
-        """Whether some rank's shards may all be empty, as where few outputs are trained."""
-        params: Sequence[Any] = self._with_grad
-        return all(
-            is_sharded(param) and min(param.shape, default=0) < param.device_mesh.size()
-            for param in params
-        )
+        """Whether some rank's sample may be empty, as where few outputs are trained."""
+        return all(map(may_be_empty, self._sampled()))
 
     def scale(self, factor: float) -> None:
         """Take in that `p.grad` was multiplied by a factor which is none of the loop's."""
@@ -133,8 +128,10 @@ class LocalNorms:
         self._before = self._sum_of_squares() if self._with_grad else None
 
     def _sum_of_squares(self) -> Tensor:
-        # An odd stride, so that of tensors in pairs it takes both kinds.
-        sampled = self._with_grad[:: -(-len(self._with_grad) // SAMPLED_TENSORS) | 1]
-        grads = [local(grad) for param in sampled if (grad := param.grad) is not None]
+        grads = [local(grad) for param in self._sampled() if (grad := param.grad) is not None]
         parts = [g.reshape(-1)[:SAMPLED_ENTRIES] if g.layout == torch.strided else g for g in grads]
         return squared_norms([parts], self._device)[0]
+
+    def _sampled(self) -> Sequence[Tensor]:
+        # An odd stride, so that of tensors in pairs it takes both kinds.
+        return self._with_grad[:: -(-len(self._with_grad) // SAMPLED_TENSORS) | 1]

@@ -1,5 +1,7 @@
 """Sharded tensors as each rank holds them, and where the gradients of FSDP2's parameters pass."""
 
+import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,19 @@ def local(tensor: Tensor) -> Tensor:
     with torch.no_grad():
         part: Tensor = sharded.to_local()
     return part
+
+
+def may_be_empty(tensor: Tensor) -> bool:
+    """Whether some rank may hold nothing of it: of ten rows on eight ranks five have two each."""
+    if not is_sharded(tensor):
+        return False
+    sharded: Any = tensor
+    ranks: dict[int, int] = defaultdict(lambda: 1)
+    for mesh_dim, placement in enumerate(sharded.placements):
+        if not placement.is_replicate():
+            ranks[placement.dim] *= sharded.device_mesh.size(mesh_dim)
+    sizes = [(tensor.shape[dim], number) for dim, number in ranks.items()]
+    return any((number - 1) * math.ceil(rows / number) >= rows for rows, number in sizes)
 
 
 def whole(part: Tensor, like: Tensor) -> Tensor:

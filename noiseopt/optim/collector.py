@@ -244,8 +244,8 @@ class GradientCollector:
             raise
 
     def may_lack_gradients(self, groups: Groups) -> bool:
-        """Whether this micro-batch may leave nothing in `p.grad` on this rank."""
-        if not self._is_own:
+        """Whether this micro-batch may leave nothing in `p.grad` on this rank, or on any."""
+        if self.waits or self._external is not None or self._ranks.data == 1:
             return self.waits
         return any(map(finds_unused, self._adaptation.ddp_around(groups)))
 

@@ -86,9 +86,19 @@ class PutOff:
         Args:
             groups: the parameters of each group.
             number: the window's micro-batches.
+
+        Raises:
+            RuntimeError: FSDP2 has averaged some of what it had kept, and not the rest.
         """
-        if any(slot.keeps_gradient for slot in self._kept):
+        left = sum(slot.keeps_gradient for slot in self._kept)
+        if left == len(self._kept) > 0 and not have_gradient(groups):
             return  # no backward came
+        if left > 0:
+            raise RuntimeError(
+                f"FSDP2 still keeps {left} of the {len(self._kept)} gradients of the window's "
+                "earlier micro-batches, of modules that its last backward has not used: leave "
+                "optimizer.accumulate() out, or shard a module around them too, by fully_shard()"
+            )
         self._kept = []
         if number > 1 and self._scale(groups, 1 / number):
             self.added_up = number

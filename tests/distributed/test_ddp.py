@@ -333,21 +333,45 @@ def an_optimizer_for_each_head(rank):
     return [seen(optimizer, net) for optimizer in optimizers]
 
 
-def heads_accumulated(rank):
-    """Each head's optimizer takes what the rank brings, which may be nothing."""
+def rarely_second(index, rank):
+    """In three micro-batches of four no rank uses the second head."""
+    return int(rank == index % 4 == 1)
+
+
+def a_head_alone(rank, steps, heads=head_of, accumulates=True, number=STEPS):
+    """Its optimizer takes what each rank brings, which may be nothing."""
     group = dist.new_group(timeout=timedelta(seconds=20))
     net = TwoHeads()
     optimizer = NoiseAwareAdamW(
-        net.heads[1].parameters(), lr=LR, noise=measured(2), process_group=group
+        net.heads[1].parameters(), lr=LR, noise=measured(steps), process_group=group
     )
     net.trunk.requires_grad_(False)
     wrapped = unused_found(net)
-    for index, batch in enumerate(part(draw(STEPS * RANKS), rank)):
-        with optimizer.accumulate(wrapped):
-            loss_of(functools.partial(wrapped, head=head_of(index, rank)), batch).backward()
+    messages = []
+    handler = watched(messages)
+    for index, batch in enumerate(part(draw(number * RANKS), rank)):
+        with optimizer.accumulate(wrapped) if accumulates else nullcontext():
+            loss_of(functools.partial(wrapped, head=heads(index, rank)), batch).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return seen(optimizer, net)
+    logging.getLogger("noiseopt").removeHandler(handler)
+    return seen(optimizer, net) | {"texts": [text for text in messages if "windows" in text]}
+
+
+def never_second(index, rank):
+    return 0
+
+
+HEADS = {
+    f"{steps} {heads.__name__} {accumulates}": {
+        "steps": steps,
+        "heads": heads,
+        "accumulates": accumulates,
+    }
+    for steps in (1, 2)
+    for heads in (head_of, rarely_second)
+    for accumulates in (False, True)
+}
 
 
 def two_heads_alone():
@@ -731,7 +755,8 @@ CASES = {
     "no backward": gradients_without_a_backward,
     "no backward at all": gradients_without_a_backward_of_any_rank,
     "two heads": an_optimizer_for_each_head,
-    "heads, accumulated": heads_accumulated,
+    **{f"head {name}": functools.partial(a_head_alone, **how) for name, how in HEADS.items()},
+    "head never used": functools.partial(a_head_alone, steps=1, heads=never_second, number=25),
     "external": functools.partial(external, monitor=False),
     "monitor": functools.partial(external, monitor=True),
     "bad first": functools.partial(nonfinite_on_one_rank, step=2),
@@ -977,19 +1002,30 @@ def test_an_optimizer_whose_parameters_one_rank_does_not_use_goes_on(ranks):
         torch.testing.assert_close(one["weights"], weights, rtol=0, atol=1e-10)
 
 
-def test_inside_accumulate_a_rank_may_use_none_of_an_optimizers_parameters(ranks):
-    """Only the other rank does, in every other micro-batch: a quarter of the window."""
-    first, second = result(ranks, "heads, accumulated")
+@pytest.mark.parametrize("name", HEADS)
+def test_ranks_may_use_none_of_an_optimizers_parameters(ranks, name):
+    """Then the mean is over zeros too, and where none does there is no update, as in torch."""
+    first, second = result(ranks, f"head {name}")
     assert_agreed(first, second)
+    steps, heads = HEADS[name]["steps"], HEADS[name]["heads"]
     net = TwoHeads()
-    net.trunk.requires_grad_(False)
     optimizer = torch.optim.AdamW(net.heads[1].parameters(), lr=LR)
-    for batch in part(draw(STEPS * RANKS), 1)[1::2]:
-        (loss_of(functools.partial(net, head=1), batch) / 4).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    for index, batch in enumerate(draw(STEPS * RANKS)):
+        step, rank = divmod(index, RANKS)
+        if heads(step, rank) == 1:
+            loss = loss_of(functools.partial(net, head=1), batch)
+            loss.backward(torch.tensor(1 / (steps * RANKS)))
+        if (index + 1) % (steps * RANKS) == 0:
+            optimizer.step()
+            optimizer.zero_grad()
     torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-10)
-    assert all(window.norms.count == 4 for window in first["windows"])
+    assert all(window.norms.count == steps * RANKS for window in first["windows"])
+    assert not first["texts"]
+
+
+def test_parameters_that_no_rank_ever_uses_are_told(ranks):
+    (text,), _ = (found["texts"] for found in result(ranks, "head never used"))
+    assert "the last 20 windows brought no gradient other than zero, on any rank" in text
 
 
 @pytest.mark.parametrize("name", ["external", "monitor"])

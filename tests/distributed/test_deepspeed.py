@@ -74,6 +74,18 @@ class UsedTwice(Checkpointed):
         return super().forward(x) + self.layers(x)
 
 
+class Words(nn.Module):
+    """A table of words, whose gradients may be sparse."""
+
+    def __init__(self, sparse):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.last = nn.Embedding(12, 6, sparse=sparse), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.last(self.words((x[:, 0].abs() * 12).long() % 12))
+
+
 MODELS = {
     "wide": wide,
     "tied": Tied,
@@ -108,6 +120,14 @@ def measured_run(rank, model="wide", client=False, scale=None, plan=PLAN, **sett
         if scale:
             engine.optimizer.override_loss_scale(scale)
         return seen(engine, run(engine, batches_of(sum(LENGTHS), rank), plan))
+
+
+def words_run(rank, sparse):
+    engines.set_up(rank)
+    net = Words(sparse)
+    config = config_of(0, steps=FIRST, **SGD | {"optimizer": None, "gradient_clipping": 0.0})
+    with engine_of(config, net, torch.optim.SGD(net.parameters(), lr=0.1)) as engine:
+        return seen(engine, run(engine, batches_of(sum(LENGTHS), rank), PLAN))
 
 
 def rarely_measured(rank, every, stage):
@@ -359,6 +379,9 @@ CASES |= {
     for every in (1, 4)
 }
 CASES |= {"zero.Init": zero_init_run, "ddp": ddp_run}
+CASES |= {
+    f"words {sparse}": functools.partial(words_run, sparse=sparse) for sparse in (False, True)
+}
 NORMS = {f"stage {stage}": {"stage": stage} for stage in READERS}
 NORMS |= {f"stage {stage} scaled": {"stage": stage, "scale": 64.0} for stage in (1, 2)}
 CASES |= {
@@ -422,6 +445,13 @@ def test_norms_and_weights_are_those_of_plain_pytorch(ranks, name):
     assert worst_norm(one["windows"], norms) < 1e-6
     torch.testing.assert_close(one["weights"], weights, rtol=0, atol=1e-7)
     assert all(window.clipped for window in one["windows"])
+
+
+def test_sparse_gradients_are_measured_as_dense_ones(ranks):
+    dense, sparse = result(ranks, "words False")[0], result(ranks, "words True")[0]
+    norms = [(window.norms.small_sq, window.norms.big_sq) for window in dense["windows"]]
+    assert worst_norm(sparse["windows"], norms) < 1e-6
+    torch.testing.assert_close(sparse["weights"], dense["weights"], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("stage", STAGES)

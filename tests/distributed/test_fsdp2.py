@@ -57,7 +57,7 @@ from tests.distributed.test_own_gradients import (
     sums_of_tokens,
 )
 from tests.distributed.test_tensor_parallel import Block, Embedded, split
-from tests.optim.helpers import build, draw, joined, loss_of, train
+from tests.optim.helpers import HIDDEN, build, draw, joined, loss_of, train
 
 pytestmark = NEEDS_FSDP2
 
@@ -149,24 +149,33 @@ def clipped(rank):
 
 
 class Probe(nn.Sequential):
-    """One output on a frozen layer: of its shards the last rank's hold nothing."""
+    """Few outputs on a frozen layer: of one, or of five on four ranks, the last rank has none."""
+
+    def __init__(self, outputs=1):
+        torch.manual_seed(0)
+        super().__init__(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, outputs, bias=False))
+        self.double()[0].requires_grad_(False)
+
+
+class Slopes(nn.Sequential):
+    """Every third of its parameters is a single number."""
 
     def __init__(self):
         torch.manual_seed(0)
-        super().__init__(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1, bias=False))
-        self.double()[0].requires_grad_(False)
+        super().__init__(*(layer for _ in range(4) for layer in (nn.PReLU(), nn.Linear(6, 6))))
+        self.double()
 
 
 def loss_of_probe(model, batch):
     inputs, targets = batch
-    return (model(inputs) - targets[:, :1]).square().mean()
+    return (model(inputs)[:, :3] - targets[:, :1]).square().mean()
 
 
-def probed(rank, max_norm=torch.inf):
+def probed(rank, max_norm=torch.inf, model=Probe, ranks=RANKS):
     """A loop that clips, or reads the norm only."""
-    net = shard(Probe())
+    net = shard(model()) if model is Probe else fully_shard(model())
     optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
-    for batch in part(draw(STEPS * RANKS), rank):
+    for batch in part(draw(STEPS * ranks), rank, ranks):
         loss_of_probe(net, batch).backward()
         nn.utils.clip_grad_norm_(net.parameters(), max_norm)
         optimizer.step()
@@ -502,6 +511,30 @@ def partly_outside(rank, at):
         loop(optimizer, net, batches[3:], accumulates=at == 0)
 
 
+def loss_by_parts(net, batch, uses_both):
+    inputs, targets = batch
+    hidden = net[0](inputs) if uses_both else inputs.repeat(1, 2)[:, :HIDDEN]
+    return (net[2](hidden) - targets).square().mean()
+
+
+def in_two_roots(rank, use_both):
+    net = build()
+    fully_shard(net[0])
+    fully_shard(net[2])
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
+    for batch, uses_both in zip(part(draw(2 * RANKS), rank), use_both, strict=True):
+        with optimizer.accumulate(net):
+            loss_by_parts(net, batch, uses_both).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen(optimizer, net)
+
+
+def left_behind(rank):
+    with pytest.raises(RuntimeError, match="still keeps 2 of the 4 gradients"):
+        in_two_roots(rank, (True, False))
+
+
 def unsynchronised(rank):
     """Gradients that FSDP2 was told to keep, without `accumulate`."""
     net = shard(build())
@@ -542,6 +575,8 @@ IN_TURN = {"alternating": ((0, 2), 4), "last": ((None, 0), 2)}  # layers, and st
 CASES = {
     "probe": probed,
     "probe, clipped": functools.partial(probed, max_norm=0.01),
+    "slopes": functools.partial(probed, model=Slopes),
+    "slopes, clipped": functools.partial(probed, max_norm=0.01, model=Slopes),
     **{
         f"{name} {steps} {accumulates}": functools.partial(
             sharded_run, steps=steps, accumulates=accumulates, **kwargs
@@ -632,6 +667,8 @@ CASES = {
     ),
     "two parts": in_two_parts,
     **{f"outside {at}": functools.partial(partly_outside, at=at) for at in (0, 1)},
+    "two roots": functools.partial(in_two_roots, use_both=(False, True)),
+    "left behind": left_behind,
     "unsynchronised": unsynchronised,
     "hybrid 1": functools.partial(hybrid, replicate=1),
     "hybrid 2": functools.partial(hybrid, replicate=2),
@@ -900,6 +937,19 @@ def test_modules_that_run_by_a_method_are_measured_from_the_second_window_on(ran
     torch.testing.assert_close(first["weights"], expected["weights"], rtol=0, atol=1e-10)
 
 
+def test_modules_that_are_sharded_each_by_itself_are_one_model(ranks):
+    first, second = result(ranks, "two roots")
+    assert_agreed(first, second)
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2 * RANKS))
+    for index, batch in enumerate(draw(2 * RANKS)):
+        loss_by_parts(net, batch, index >= RANKS).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same_windows(first["windows"], seen(optimizer, net)["windows"], 1e-10)
+    torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-10)
+
+
 def test_parameters_beside_the_sharded_ones_may_be_averaged_by_hand(ranks):
     first, second = result(ranks, "by hand")
     assert_agreed(first, second)
@@ -919,6 +969,7 @@ def test_parameters_beside_the_sharded_ones_may_be_averaged_by_hand(ranks):
         "outside 0",
         "outside 1",
         "root forgotten",
+        "left behind",
     ],
 )
 def test_what_cannot_be_is_an_error_with_the_remedy(ranks, name):
@@ -983,12 +1034,17 @@ def hybrid_of_four(rank):
     return seen(optimizer, net)
 
 
+def five_outputs():
+    return Probe(5)
+
+
 FOUR = {
     **{
         model.__name__: functools.partial(tensor_parallel_and_sharded, model=model)
         for model in (Block, Embedded)
     },
     "hybrid": hybrid_of_four,
+    "probe": functools.partial(probed, model=five_outputs, ranks=4),
 }
 
 
@@ -1007,6 +1063,13 @@ def test_four_ranks_of_tensor_and_data_parallelism(four, model):
     train(net, optimizer, draw(STEPS * 2))
     assert_same_windows(first["windows"], seen(optimizer, net)["windows"], 1e-9)
     torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-9)
+
+
+def test_four_ranks_of_which_one_holds_nothing(four):
+    first, *others = result(four, "probe")
+    for other in others:
+        assert_agreed(first, other)
+    assert_probed_as_alone(first, five_outputs, 4)
 
 
 def test_four_ranks_of_a_hybrid_mesh(four):
@@ -1045,12 +1108,17 @@ def test_parameters_that_are_frozen_in_turn_are_measured_where_they_are_not(
     torch.testing.assert_close(first["weights"], expected["weights"], rtol=0, atol=1e-10)
 
 
-def test_ranks_whose_shards_hold_nothing_follow_what_the_loop_scales(ranks):
-    plain, clipped = result(ranks, "probe")[0], result(ranks, "probe, clipped")[0]
-    net = Probe()
-    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(4))
-    train(net, optimizer, draw(STEPS * RANKS), loss_of_probe)
-    assert_same_windows(plain["windows"], seen(optimizer, net)["windows"], 1e-9)
+def assert_probed_as_alone(found, model, ranks):
+    net = model()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2 * ranks))
+    train(net, optimizer, draw(STEPS * ranks), loss_of_probe)
+    assert_same_windows(found["windows"], seen(optimizer, net)["windows"], 1e-9)
+
+
+@pytest.mark.parametrize(("name", "model"), [("probe", Probe), ("slopes", Slopes)])
+def test_ranks_whose_shards_hold_nothing_follow_what_the_loop_scales(ranks, name, model):
+    plain, clipped = result(ranks, name)[0], result(ranks, f"{name}, clipped")[0]
+    assert_probed_as_alone(plain, model, RANKS)
     micro = clipped["windows"][0].norms.big_sq[0]
     assert micro < 0.01**2 * (1 + 1e-9)
     assert all(window.norms.shows_noise for window in clipped["windows"])

@@ -403,6 +403,30 @@ def wrapped_anew(rank, model=WithBuffer, container=unwrapped, **ways):
     return runs
 
 
+def thawing(batches, steps, wrap, joins):
+    """A trunk that is frozen for two windows, or none of the optimizer's, and wrapped then."""
+    net = build()
+    trunk, head = net[0], net[2]
+    net[2] = wrap(head)
+    if joins:
+        net[0] = wrap(trunk)
+    trunk.requires_grad_(joins)
+    optimizer = NoiseAwareAdamW((head if joins else net).parameters(), lr=LR, noise=measured(steps))
+    loop(optimizer, net, batches[: 2 * steps])
+    if joins:
+        optimizer.add_param_group({"params": list(trunk.parameters())})
+        net.zero_grad()
+    else:
+        trunk.requires_grad_(True)
+        net[0] = wrap(trunk)
+    loop(optimizer, net, batches[2 * steps :])
+    return seen(optimizer, net)
+
+
+def thawed(rank, joins):
+    return thawing(part(draw(12 * RANKS), rank), 2, DistributedDataParallel, joins)
+
+
 def other_weights(rank):
     """Nothing makes the weights of models equal that are not wrapped."""
     net = build(seed=rank)
@@ -663,6 +687,8 @@ CASES = {
     "zero at 0": zero_at_a_rate_of_0,
     **{f"buffers {steps}": functools.partial(buffered, steps=steps) for steps in (1, 2, 3)},
     **{f"anew {name}": functools.partial(wrapped_anew, **how) for name, how in CONTAINERS.items()},
+    "thawed": functools.partial(thawed, joins=False),
+    "joined": functools.partial(thawed, joins=True),
     "frozen inside": frozen_inside,
     "other weights": other_weights,
     "inner module": inner_module,
@@ -917,6 +943,15 @@ def test_a_model_that_is_wrapped_anew_goes_on_as_it_was(ranks, name):
     assert_same_windows(first["windows"], never["windows"], 1e-10)
     torch.testing.assert_close(first["buffers"], never["buffers"], rtol=0, atol=1e-12)
     torch.testing.assert_close(first["weights"], never["weights"], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["thawed", "joined"])
+def test_a_part_of_a_model_may_be_wrapped_or_trained_later(ranks, name):
+    first, second = result(ranks, name)
+    assert_agreed(first, second)
+    expected = thawing(draw(12 * RANKS), 2 * RANKS, unwrapped, name == "joined")
+    assert_same_windows(first["windows"], expected["windows"], 1e-10)
+    torch.testing.assert_close(first["weights"], expected["weights"], rtol=0, atol=1e-10)
 
 
 def test_parameters_that_are_frozen_inside_a_window_get_its_mean(ranks):
