@@ -255,7 +255,7 @@ class Adaptation(Decides):
             self._clock.hear(read_seconds(rows, self.ranks.data))
         for window in read_rows(rows, self.ranks.data):
             self._take_in(window)
-            self._standstill.see(window)
+            self._standstill.see(window.applied)
             if window.norms is not None and not self.samples.are_told:  # with weights of their own
                 self._agreement.suspicions.see_mean(window.norms)
 

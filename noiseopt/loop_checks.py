@@ -5,20 +5,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from noiseopt.capture import BackwardCapture
-from noiseopt.control import Window
 from noiseopt.distributed import Ranks
 
 SHORT_WINDOWS = 8  # in a row, before a loop is taken not to follow
 STANDSTILL = 20  # windows in a row without an update; a GradScaler finds its scale in fewer
-NOT_FINITE = (
-    "ended without an update, since no gradient in them was finite: the weights stand still; look "
-    "for inf or nan in the data, the loss and the weights, and lower the learning rate or the loss "
-    "scale"
-)
-ALL_ZERO = (
-    "brought no gradient other than zero, on any rank: see that the loss depends on the "
-    "parameters that this optimizer was given"
-)
 SHRUNK = 2.0**-10  # a GradScaler starts from 2^16; clipping rarely takes so much
 
 
@@ -115,11 +105,14 @@ class StandstillCheck:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._windows = 0  # without an update, or without a gradient, the latest in a row
+        self._windows = 0  # without an update, the latest in a row
 
-    def see(self, window: Window) -> None:
-        """Take in how a window ended."""
-        is_zero = window.norms is not None and not any(window.norms.big_sq)
-        self._windows = self._windows + 1 if is_zero or not window.applied else 0
+    def see(self, applied: bool) -> None:
+        """Take in whether a window ended in an update."""
+        self._windows = 0 if applied else self._windows + 1
         if self._windows == STANDSTILL:
-            self._ranks.warn(f"the last {STANDSTILL} windows {ALL_ZERO if is_zero else NOT_FINITE}")
+            self._ranks.warn(
+                f"the last {STANDSTILL} windows ended without an update, since no gradient in them "
+                "was finite: the weights stand still; look for inf or nan in the data, the loss "
+                "and the weights, and lower the learning rate or the loss scale"
+            )

@@ -153,6 +153,7 @@ class GradientCollector:
             refuse_averaged(groups)
             self._window.pass_over(samples, weight)
             return None
+        self._put_off.refuse_left_behind()
         closes = len(self) + 1 >= self._adaptation.steps
         if own:
             self._window.take_alone(groups, samples, weight, closes)
@@ -197,7 +198,8 @@ class GradientCollector:
                 yield
             return
         last = len(self) + 1 >= self._adaptation.steps
-        wrappers = averaging_modules(model, self._adaptation.ddp_around(groups, model))
+        given = None if len(self) else model  # which is looked through, at a window's beginning
+        wrappers = averaging_modules(model, self._adaptation.ddp_around(groups, given))
         averages = last if self._external is not None else self._leaves_averaging(wrappers, last)
         if averages:
             yield
@@ -219,7 +221,7 @@ class GradientCollector:
             yield
         self._unstepped_fsdp2 = self._external is None
         if last:
-            self._put_off.end(groups, self._window.passed_over + 1)
+            self._put_off.end(groups, self._window.passed_over + 1, self._have_gradient)
         else:
             self._put_off.note(slot for slots in modules.values() for slot in slots)
 
@@ -227,13 +229,16 @@ class GradientCollector:
         """Go on where no `step()` has followed the last micro-batch of a window of FSDP2's."""
         if self._put_off.added_up == 1:
             return
-        # A rank's part of the gradients may be zero where others' are not.
-        there = torch.tensor(float(have_gradient(groups)), device=self._device)
-        if self._adaptation.summed_parts(there).item() > 0:
+        if self._have_gradient(groups):
             self._put_off.go_on(groups)
         else:  # thrown away, as by a GradScaler
             self._adaptation.losses.begin_again()
             self.abandon(groups)
+
+    def _have_gradient(self, groups: Groups) -> bool:
+        """Whether `p.grad` holds something on some rank, whose part may be zero on others."""
+        there = torch.tensor(float(have_gradient(groups)), device=self._device)
+        return self._adaptation.summed_parts(there).item() > 0
 
     @contextmanager
     def _forgotten_if_it_raises(self) -> Iterator[None]:
@@ -244,8 +249,8 @@ class GradientCollector:
             raise
 
     def may_lack_gradients(self, groups: Groups) -> bool:
-        """Whether this micro-batch may leave nothing in `p.grad` on this rank, or on any."""
-        if self.waits or self._external is not None or self._ranks.data == 1:
+        """Whether this micro-batch may leave nothing in `p.grad` on this rank."""
+        if not self._is_own:
             return self.waits
         return any(map(finds_unused, self._adaptation.ddp_around(groups)))
 

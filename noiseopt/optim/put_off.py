@@ -1,6 +1,6 @@
 """Windows inside `accumulate` under FSDP2, which keeps gradients until the last backward."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,14 +78,15 @@ class PutOff:
 
     def note(self, slots: Iterable[Slot]) -> None:
         """Take in where gradients were kept of a micro-batch."""
-        self._kept = [slot for slot in slots if slot.keeps_gradient]
+        self._kept = [*{slot.param: slot for slot in slots if slot.keeps_gradient}.values()]
 
-    def end(self, groups: Groups, number: int) -> None:
+    def end(self, groups: Groups, number: int, have_gradient: Callable[[Groups], bool]) -> None:
         """Divide what the window's last backward has summed: the loop may clip it next.
 
         Args:
             groups: the parameters of each group.
             number: the window's micro-batches.
+            have_gradient: tells whether `p.grad` holds something on some rank: a collective.
 
         Raises:
             RuntimeError: FSDP2 has averaged some of what it had kept, and not the rest.
@@ -93,15 +94,25 @@ class PutOff:
         left = sum(slot.keeps_gradient for slot in self._kept)
         if left == len(self._kept) > 0 and not have_gradient(groups):
             return  # no backward came
-        if left > 0:
-            raise RuntimeError(
-                f"FSDP2 still keeps {left} of the {len(self._kept)} gradients of the window's "
-                "earlier micro-batches, of modules that its last backward has not used: leave "
-                "optimizer.accumulate() out, or shard a module around them too, by fully_shard()"
-            )
+        self.refuse_left_behind()
         self._kept = []
         if number > 1 and self._scale(groups, 1 / number):
             self.added_up = number
+
+    def refuse_left_behind(self) -> None:
+        """Refuse to end a window of which FSDP2 still keeps gradients, which the next would take.
+
+        Raises:
+            RuntimeError: it does.
+        """
+        left = sum(slot.keeps_gradient for slot in self._kept)
+        if left:
+            raise RuntimeError(
+                f"FSDP2 still keeps {left} of the {len(self._kept)} gradients of the window's "
+                "earlier micro-batches, which its last backward has not averaged: run backward() "
+                "in the last micro-batch too; and where that leaves out a module which was sharded "
+                "by itself, shard one around them, or leave optimizer.accumulate() out"
+            )
 
     def go_on(self, groups: Groups) -> None:
         """Make the mean a sum again, to which what comes is added."""

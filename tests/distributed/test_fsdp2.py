@@ -535,6 +535,39 @@ def left_behind(rank):
         in_two_roots(rank, (True, False))
 
 
+def left_behind_where_few_have_a_part(rank):
+    """The last backward brings only what the first rank alone holds."""
+    torch.manual_seed(0)
+    net = nn.ModuleList([nn.Linear(6, 1, bias=False), nn.Linear(6, 3)]).double()
+    few, many = map(fully_shard, net)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
+
+    def take(model, batch):
+        with optimizer.accumulate(net):
+            model(batch[0]).square().mean().backward()
+
+    first, last = part(draw(2 * RANKS), rank)
+    take(many, first)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="still keeps 2 of the 2 gradients"):
+        take(few, last)
+
+
+def stepped_without_backward(rank):
+    """In the last micro-batch of the second window, when gradients are kept as zeros."""
+    net = shard(build())
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
+    for batch in part(draw(3 * RANKS), rank):
+        with optimizer.accumulate(net):
+            loss_of(net, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    with optimizer.accumulate(net):
+        pass
+    with pytest.raises(RuntimeError, match="still keeps 4 of the 4 gradients"):
+        optimizer.step()
+
+
 def unsynchronised(rank):
     """Gradients that FSDP2 was told to keep, without `accumulate`."""
     net = shard(build())
@@ -669,6 +702,8 @@ CASES = {
     **{f"outside {at}": functools.partial(partly_outside, at=at) for at in (0, 1)},
     "two roots": functools.partial(in_two_roots, use_both=(False, True)),
     "left behind": left_behind,
+    "left by few": left_behind_where_few_have_a_part,
+    "no last backward": stepped_without_backward,
     "unsynchronised": unsynchronised,
     "hybrid 1": functools.partial(hybrid, replicate=1),
     "hybrid 2": functools.partial(hybrid, replicate=2),
@@ -970,6 +1005,8 @@ def test_parameters_beside_the_sharded_ones_may_be_averaged_by_hand(ranks):
         "outside 1",
         "root forgotten",
         "left behind",
+        "left by few",
+        "no last backward",
     ],
 )
 def test_what_cannot_be_is_an_error_with_the_remedy(ranks, name):
