@@ -179,6 +179,7 @@ class Adaptation(Decides):
         rates: Rates | None = None,
         lead: float = math.inf,
         plain: list[float] | None = None,
+        shows_data: Tensor | None = None,
     ) -> Row:
         """Make a window's row, summed over the ranks; see `Agreement.sum_`.
 
@@ -189,6 +190,7 @@ class Adaptation(Decides):
             rates: what its update scales by, where ranks may differ in it.
             lead: see `Agreement.set_settings`.
             plain: see `Agreement.sum_`.
+            shows_data: see `Agreement.sum_`.
 
         Raises:
             RuntimeError: ranks do not go together.
@@ -199,7 +201,9 @@ class Adaptation(Decides):
         if self.ranks.all > 1:
             used = {} if rates is None else {"factors of the window's length": astuple(rates)}
             self._agreement.set_settings({**self.settings(), **used}, lead)
-            self._agreement.sum_(row, self.num_groups, extra, self.open_window, at_once, plain)
+            self._agreement.sum_(
+                row, self.num_groups, extra, self.open_window, at_once, plain, shows_data
+            )
         return row
 
     @property

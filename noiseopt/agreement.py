@@ -139,6 +139,7 @@ class Agreement:
         what: str,
         at_once: bool,
         plain: list[float] | None = None,
+        shows_data: Tensor | None = None,
     ) -> None:
         """Sum a row over the ranks, in place.
 
@@ -154,6 +155,8 @@ class Agreement:
             what: what is summed, for an error.
             at_once: whether the sums are needed now.
             plain: filled with the sums of the row and of `extra`, which waits for the device, once.
+            shows_data: a number, 0-d, that only ranks which see the same data have in common; if
+                None, the squared norm of this rank's own gradients in the row.
 
         Raises:
             RuntimeError: ranks do not go together, as far as the sums were read: on the CPU when
@@ -166,7 +169,7 @@ class Agreement:
             _divide(row, slice(num_groups, 2 * num_groups), self.ranks.all)
         with self._telling_errors():
             self._finish()
-            numbers = self._with_checks(row, num_groups, extra)
+            numbers = self._with_checks(row, num_groups, extra, shows_data)
             told = {
                 "state": self._state,
                 "settings": self._settings,
@@ -194,11 +197,13 @@ class Agreement:
             with self._telling_errors():
                 self._finish()
 
-    def _with_checks(self, row: Row, num_groups: int, extra: Tensor | None) -> Tensor:
+    def _with_checks(
+        self, row: Row, num_groups: int, extra: Tensor | None, shows_data: Tensor | None
+    ) -> Tensor:
         """What is summed: the row, what shows whether ranks go together, its squares, and more.
 
-        Four numbers show it: the squared norm of this rank's own gradients; that of the mean
-        gradient, which must be the same (where ranks hold shards, that of the parameters which
+        Four numbers show it: what differs where ranks see different data; the squared norm of the
+        mean gradient, which must be the same (where ranks hold shards, that of the parameters which
         are none); a digest of the decision state; one of the random state.
         """
         own, mean = slice(num_groups), slice(num_groups, 2 * num_groups)
@@ -208,10 +213,16 @@ class Agreement:
         if isinstance(row, Tensor):
             of_all = self._plain_norm(row.device) if self.ranks.sharded else row[mean].sum()
             digests = row.new_full((), state), row.new_full((), drawn)  # which wait for nothing
-            told = torch.stack([row[own].sum(), of_all.to(row.dtype), *digests])
+            data = row[own].sum() if shows_data is None else shows_data
+            told = torch.stack([data.to(row.dtype), of_all.to(row.dtype), *digests])
             return torch.cat([row, told, told.square(), *([] if extra is None else [extra])])
         alike = self._plain_norm(CPU).item() if self.ranks.sharded else sum(row[mean])
-        plain = (sum(row[own]), alike, state, drawn)
+        plain = (
+            sum(row[own]) if shows_data is None else shows_data.item(),
+            alike,
+            state,
+            drawn,
+        )
         squares = (number * number for number in plain)
         rest = [] if extra is None else extra.tolist()
         return torch.tensor([*row, *plain, *squares, *rest], dtype=torch.float64, device=CPU)

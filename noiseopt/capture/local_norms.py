@@ -11,12 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from noiseopt.capture.norms import device_of, squared_norms, unknown_norms
+from noiseopt.capture.norms import device_of, norm_of_sample, sampled, unknown_norms
 from noiseopt.capture.passes import BackwardPasses
 from noiseopt.capture.sharding import local, may_be_empty
-
-SAMPLED_TENSORS = 8
-SAMPLED_ENTRIES = 1024
 
 
 class LocalNorms:
@@ -107,7 +104,7 @@ class LocalNorms:
 
     def _may_hold_nothing(self) -> bool:
         """Whether some rank's sample may be empty, as where few outputs are trained."""
-        return all(map(may_be_empty, self._sampled()))
+        return all(map(may_be_empty, sampled(self._with_grad)))
 
     def scale(self, factor: float) -> None:
         """Take in that `p.grad` was multiplied by a factor which is none of the loop's."""
@@ -128,10 +125,6 @@ class LocalNorms:
         self._before = self._sum_of_squares() if self._with_grad else None
 
     def _sum_of_squares(self) -> Tensor:
-        grads = [local(grad) for param in self._sampled() if (grad := param.grad) is not None]
-        parts = [g.reshape(-1)[:SAMPLED_ENTRIES] if g.layout == torch.strided else g for g in grads]
-        return squared_norms([parts], self._device)[0]
-
-    def _sampled(self) -> Sequence[Tensor]:
-        # An odd stride, so that of tensors in pairs it takes both kinds.
-        return self._with_grad[:: -(-len(self._with_grad) // SAMPLED_TENSORS) | 1]
+        few = sampled(self._with_grad)
+        grads = [local(grad) for param in few if (grad := param.grad) is not None]
+        return norm_of_sample(grads, self._device)

@@ -13,6 +13,8 @@ from noiseopt.capture.sharding import Share, local
 # Getters for map(): over many small gradients a loop of Python's takes as long as their norms.
 _dtype, _layout, _is_cpu = map(attrgetter, ("dtype", "layout", "is_cpu"))
 _EXACT = (torch.float32, torch.float64)
+SAMPLED_TENSORS = 8
+SAMPLED_ENTRIES = 1024
 _PIECE = 2**17
 _FEW = 2**16  # whose squares, summed in fp32, are right to 1e-5; if all are alike, to 1e-4
 
@@ -48,6 +50,17 @@ def plain_norms(groups: Sequence[Sequence[Tensor]]) -> list[float]:
     if all(all(map(_is_cpu, grads)) for grads in held):
         return [*map(_sum_cpu, held)]
     return [_squared_norm(grads, torch.device("cpu")).item() for grads in held]
+
+
+def sampled(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """A few of them. An odd stride, so that of tensors in pairs it takes both kinds."""
+    return tensors[:: -(-len(tensors) // SAMPLED_TENSORS) | 1]
+
+
+def norm_of_sample(grads: Sequence[Tensor], device: torch.device) -> Tensor:
+    """|.|^2 of the first entries of a few gradients together, 0-d. Nothing waits for it."""
+    parts = [g.reshape(-1)[:SAMPLED_ENTRIES] if g.layout == torch.strided else g for g in grads]
+    return squared_norms([parts], device)[0]
 
 
 def begun_norm(grad: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ from noiseopt.capture import (
     as_tensor,
     big_columns,
     moved,
+    norm_of_sample,
+    sampled,
     scale_all,
     squared_norms,
     sum_dtype,
@@ -62,7 +64,8 @@ def reduce_window(
     flags = [*(param in sums for param in params), flushing, num_sparse]
     told = torch.tensor(flags, dtype=sum_dtype(window.device), device="cpu")
     told, plain = moved(told, window.device, told.dtype), list[float]()
-    row = as_tensor(adaptation.agree(measured, told, lead=lead, plain=plain))
+    shows_data = _norm_of_halves([sums[p] for p in params if p in sums], window.device)
+    row = as_tensor(adaptation.agree(measured, told, lead=lead, plain=plain, shows_data=shows_data))
     numbers, (*ranks_with, done, sparse) = plain[: len(row)], plain[len(row) :]
     if sparse:
         raise RuntimeError(
@@ -83,6 +86,15 @@ def reduce_window(
     big_columns(row).copy_(squared_norms(grads, row.device) + 0 / row[WEIGHT])
     ranks = adaptation.ranks
     return row, math.ceil(numbers[STEPS] / ranks.data), round(done) == ranks.all
+
+
+def _norm_of_halves(totals: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Of a sample's first halves: where each rank's loop clips its own, the whole norms are one."""
+    halves = [
+        total.reshape(-1)[: -(-total.numel() // 2)] if total.layout == torch.strided else total
+        for total in sampled(totals)
+    ]
+    return norm_of_sample(halves, device)
 
 
 def _sum_of(param: Tensor, sums: Mapping[Tensor, Tensor], dtype: torch.dtype) -> Tensor:

@@ -84,7 +84,7 @@ def assert_estimated(found, dtype, rel):
 TYPES = {"fp32": (torch.float32, 1e-5), "bf16": (torch.bfloat16, 1e-2)}
 
 
-def guarded(rank, wrap, same_data, same_randomness, accumulates=True):
+def guarded(rank, wrap, same_data, same_randomness, accumulates=True, clips=False):
     """What is logged where ranks see the same data, or drop out the same units."""
     messages = []
     handler = watched(messages)
@@ -95,7 +95,13 @@ def guarded(rank, wrap, same_data, same_randomness, accumulates=True):
         torch.manual_seed(rank)
     optimizer = NoiseAwareAdamW(net.parameters(), lr=LR / 10, noise=measured(2))
     batches = draw(48) if same_data else part(draw(48 * RANKS), rank)
-    loop(optimizer, wrapped, batches, accumulates=accumulates)
+    for batch in batches:
+        with optimizer.accumulate(wrapped) if accumulates else nullcontext():
+            loss_of(wrapped, batch).backward()
+        if clips:  # each rank its own gradients, all to one norm
+            nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
+        optimizer.step()
+        optimizer.zero_grad()
     logging.getLogger("noiseopt").removeHandler(handler)
     return [message for message in messages if "ranks" in message and "noise advise" not in message]
 
@@ -649,9 +655,10 @@ CASES = {
         for of, how in LOOPS.items()
     },
     **{
-        f"{name}, {of}": functools.partial(guarded, wrap=wrap, **same)
+        f"{name}, {of}, {clips}": functools.partial(guarded, wrap=wrap, clips=clips, **same)
         for name, same in GUARDED.items()
         for of, wrap in WRAPS.items()
+        for clips in (False, True)
     },
     "raises before": functools.partial(raises_inside, after=False),
     "raises after": functools.partial(raises_inside, after=True),
@@ -1008,10 +1015,12 @@ def test_a_micro_batch_that_raises_on_one_rank_is_left_out_there_alone(ranks, na
     torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("clips", [False, True])
 @pytest.mark.parametrize("wrap", WRAPS)
 @pytest.mark.parametrize("name", GUARDED)
-def test_ranks_that_are_too_much_alike_are_told_so_once(ranks, wrap, name):
-    assert_told(result(ranks, f"{name}, {wrap}"), name)
+def test_ranks_that_are_too_much_alike_are_told_so_once(ranks, wrap, name, clips):
+    """Also where the loop has clipped each rank's own gradients to one norm."""
+    assert_told(result(ranks, f"{name}, {wrap}, {clips}"), name)
 
 
 @pytest.mark.parametrize(
