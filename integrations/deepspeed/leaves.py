@@ -45,7 +45,6 @@ class LeafNorms:
         self.factors: list[Tensor] = []
         self.strays = self.unread = False
         self._hooks = Hooks()
-        self._readers: dict[Tensor, Any] = {}  # the hook on each
         self._unwatched = [(p, index) for index, params in enumerate(groups) for p in params]
         self._watch_unfrozen()
 
@@ -59,13 +58,13 @@ class LeafNorms:
 
         Args:
             loss: the loss.
-            measured: whether the norm is wanted, for which `listen` is needed; if not, it is nan.
+            measured: whether the norm is wanted; if not, it is nan.
         """
         factors: list[Tensor] = []
         handle = loss.register_hook(lambda grad: factors.append(grad.detach()))
         self._watch_unfrozen()
         if measured:
-            self._come_last()
+            self._hooks.come_last()
         self._arrived.clear()
         self._inside, self._reads = True, measured
         try:
@@ -97,14 +96,12 @@ class LeafNorms:
         self.strays = self.unread = False
 
     def listen(self, wanted: bool) -> None:
-        """Keep the hooks only while the open window is measured."""
+        """Say whether the open window is measured, so that edits of gradients matter."""
         self._listens = wanted
-        self._hooks.stand(wanted)
 
     def detach(self) -> None:
         """Remove the hooks."""
         self._hooks.remove()
-        self._readers.clear()
 
     def _watch_unfrozen(self) -> None:
         """Watch what was frozen until now; ZeRO leaves what is frozen at first as it is."""
@@ -113,19 +110,10 @@ class LeafNorms:
                 self._hooks.add(partial(self._hook, param, group))
         self._unwatched = [pair for pair in self._unwatched if not pair[0].requires_grad]
 
-    def _come_last(self) -> None:
-        """Stand behind hooks of the user's that came since, to read what they make of gradients."""
-        if not all(self._is_last(param) for param in self._params if param.requires_grad):
-            self._hooks.renew()
-
-    def _is_last(self, param: Tensor) -> bool:
-        own = self._readers.get(param)
-        return own is not None and next(reversed(param._backward_hooks or {}), None) == own.id
-
     def _hook(self, param: Any, group: int) -> Sequence[Any]:
         with taking_hooks(param):
-            self._readers[param] = param.register_hook(self._reader(param, group))
-            return self._readers[param], param.register_post_accumulate_grad_hook(self._confirm)
+            reader = param.register_hook(self._reader(param, group))
+            return reader, param.register_post_accumulate_grad_hook(self._confirm)
 
     def _reader(self, param: Tensor, group: int) -> Callable[[Tensor], None]:
         def read(grad: Tensor) -> None:

@@ -61,18 +61,18 @@ class BackwardPasses:
         self._passing: dict[Tensor, tuple[Tensor, float]] = {}
         self._starts_anew = False
         self._current: list[list[tuple[Tensor, float]]] = []
-        self._attached: set[Tensor] = set()  # leaves that are hooked while hooks stand
+        self._attached: set[Tensor] = set()  # leaves that are hooked
         self._unseen: list[Slot] = []  # FSDP2's parameters that are still to be hooked
         self._unread = False  # whether a gradient passed that was not hooked
         self._brought: set[Tensor] = set()
         self._stood = False  # whether the last pass left gradients of them in `p.grad`
-        self._comes_last = False
         self._task = -1
         self.norms: list[Tensor] = []
         self.num_skipped = 0
         self.watched: dict[Tensor, int] = {}
         self.model_ranks = 1
         self.paused = False
+        self._listens = True
         for index, params in enumerate(groups):
             self._watch_trained(params, index)
 
@@ -87,10 +87,9 @@ class BackwardPasses:
         self.norms = [torch.cat([norms, norms.new_zeros(1)]) for norms in self.norms]
 
     def clear(self) -> None:
-        """Forget what was read. After the first window hooks of the user's, too, come first."""
-        if self.norms and not self._comes_last:
-            self._comes_last = True
-            self._reading.renew()
+        """Forget what was read. From the next window on the user's hooks, too, come first."""
+        if self.norms:
+            self._reading.come_last()
         self.norms, self._current, self.num_skipped, self._unread = [], [], 0, False
         self._passing.clear()
         self._brought.clear()
@@ -105,8 +104,8 @@ class BackwardPasses:
         self.norms = [unknown_norms(self._num_groups, self._device)] * number
 
     def listen(self, wanted: bool) -> None:
-        """Keep the hooks that read gradients only while that is wanted."""
-        self._reading.stand(wanted)
+        """Read gradients only while that is wanted."""
+        self._listens = wanted
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -181,7 +180,7 @@ class BackwardPasses:
         hooked: Any = leaf
 
         def before(grad: Tensor) -> None:
-            if self.paused:
+            if self.paused or not self._listens:
                 return
             self._starts_anew = leaf is param and param.grad is None
             if self._reads():
@@ -189,7 +188,7 @@ class BackwardPasses:
                 self._passing[leaf] = begun_norm(whole), _parts(whole)
 
         def after(accumulated: Tensor) -> None:
-            if not self.paused:
+            if self._listens and not self.paused:
                 self._take(leaf, param)
 
         with taking_hooks(leaf):

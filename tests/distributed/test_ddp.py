@@ -600,7 +600,7 @@ def rarely_measured(rank, every):
 
 
 def frozen_for_a_while(rank, every):
-    """In windows of which only some are measured, where hooks are put up anew."""
+    """In windows of which only some are measured."""
     net = build()
     noise = replace(measured(1), measure_interval=every)
     optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=noise)

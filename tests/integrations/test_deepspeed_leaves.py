@@ -1,4 +1,4 @@
-"""The hooks on an engine's parameters stand while a window is measured, and see what is stray."""
+"""The hooks on an engine's parameters read what is measured, and see what is stray."""
 
 import pytest
 import torch

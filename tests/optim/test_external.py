@@ -434,15 +434,17 @@ def test_a_parameter_that_is_frozen_for_a_while_is_measured_again():
     assert others == [window.norms for window in windows_of(always)][1:]
 
 
-def test_hooks_of_the_user_that_came_later_are_read_through_from_the_second_window_on():
+@pytest.mark.parametrize("before", [0, 2])
+def test_hooks_of_the_user_that_came_later_are_read_through_from_their_second_window_on(before):
     """What they make of a gradient is what is applied."""
     model, reference = build(), build()
     config = external(advise(2, decision_interval=1))
     optimizer = NoiseAwareSGD(model.parameters(), lr=0.0, noise=config)
+    batches = draw(6)
+    accumulate(model, optimizer, batches[:before])
     for param in model.parameters():
         param.register_hook(lambda grad: grad.clamp(-0.01, 0.01))
-    batches = draw(6)
-    accumulate(model, optimizer, batches)
+    accumulate(model, optimizer, batches[before:])
     halves = []
     for batch in batches[4:]:  # losses are divided before the hooks see their gradients
         grads = torch.autograd.grad(loss_of(reference, batch) / 2, list(reference.parameters()))
