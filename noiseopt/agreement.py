@@ -155,8 +155,8 @@ class Agreement:
             what: what is summed, for an error.
             at_once: whether the sums are needed now.
             plain: filled with the sums of the row and of `extra`, which waits for the device, once.
-            shows_data: a number, 0-d, that only ranks which see the same data have in common; if
-                None, the squared norm of this rank's own gradients in the row.
+            shows_data: a number, 0-d, not zero, that ranks which see the same data have in common,
+                for where others have the squared norm of their own gradients in common, too.
 
         Raises:
             RuntimeError: ranks do not go together, as far as the sums were read: on the CPU when
@@ -213,16 +213,12 @@ class Agreement:
         if isinstance(row, Tensor):
             of_all = self._plain_norm(row.device) if self.ranks.sharded else row[mean].sum()
             digests = row.new_full((), state), row.new_full((), drawn)  # which wait for nothing
-            data = row[own].sum() if shows_data is None else shows_data
-            told = torch.stack([data.to(row.dtype), of_all.to(row.dtype), *digests])
+            norm = row[own].sum() if shows_data is None else row[own].sum() * shows_data
+            told = torch.stack([norm.to(row.dtype), of_all.to(row.dtype), *digests])
             return torch.cat([row, told, told.square(), *([] if extra is None else [extra])])
         alike = self._plain_norm(CPU).item() if self.ranks.sharded else sum(row[mean])
-        plain = (
-            sum(row[own]) if shows_data is None else shows_data.item(),
-            alike,
-            state,
-            drawn,
-        )
+        data = sum(row[own]) * (1.0 if shows_data is None else shows_data.item())
+        plain = data, alike, state, drawn
         squares = (number * number for number in plain)
         rest = [] if extra is None else extra.tolist()
         return torch.tensor([*row, *plain, *squares, *rest], dtype=torch.float64, device=CPU)

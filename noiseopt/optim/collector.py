@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from noiseopt.adaptation import Adaptation
@@ -30,15 +29,9 @@ from noiseopt.distributed import Ranks, sync_buffers
 from noiseopt.loop_checks import LoopChecks
 from noiseopt.optim.ended import Ended
 from noiseopt.optim.external import ExternalWindows
-from noiseopt.optim.put_off import (
-    PutOff,
-    drop_gradients,
-    have_gradient,
-    reducing_if,
-    refuse_averaged,
-    sharded_modules,
-)
-from noiseopt.optim.reduction import averaging_modules, keeping_own, reduce_window
+from noiseopt.optim.own import OwnGradients
+from noiseopt.optim.put_off import PutOff, drop_gradients, refuse_averaged, sharded_modules
+from noiseopt.optim.reduction import reduce_window
 from noiseopt.parallel import finds_unused
 
 Groups = Sequence[Sequence[Tensor]]
@@ -66,29 +59,26 @@ class GradientCollector:
         self._external: ExternalWindows | None = None
         self._hooks: list[BackwardCapture | LocalNorms] = []
         self._local: LocalNorms | None = None
-        self._always_own = config.gradients == "local" and ranks.data > 1
-        if self._always_own and ranks.sharded:
+        always_own = config.gradients == "local" and ranks.data > 1
+        if always_own and ranks.sharded:
             raise ValueError(
                 "gradients='local' with sharded parameters, whose gradients their mesh averages: "
                 "leave it at 'auto'"
             )
-        self._is_own = self._always_own
-        self._have_averaged: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._checks = LoopChecks(ranks)
-        self._inside = 0  # contexts of accumulate() for a micro-batch of this rank's own
-        self._unstepped = False  # whether a micro-batch of accumulate() awaits its step()
-        self._unstepped_fsdp2 = False  # the same under FSDP2
-        self.waits = False  # whether FSDP2 keeps the gradient of the micro-batch that comes
         told = weakref.proxy(adaptation)  # the hooks, which the parameters hold, keep nothing alive
-        if config.accumulation == "external":
+        external = config.accumulation == "external"
+        if external:
             self._external = ExternalWindows(ranks, groups, adaptation)
             self._hooks.append(self._external.capture)
-        elif ranks.data > 1 and not self._always_own:
+        elif ranks.data > 1 and not always_own:
             self._local = LocalNorms(
                 groups, lambda: told.measures, lambda totals: told.summed_parts(totals)
             )
             self._hooks.append(self._local)
-        self._put_off = PutOff(self._of_sums, self._local)
+        parts = self._window, self._local, adaptation
+        self._own = OwnGradients(*parts, always_own, external)
+        self._put_off = PutOff(*parts, self._of_sums, external)
         for hooks in self._hooks:
             weakref.finalize(self, hooks.passes.detach)
 
@@ -130,7 +120,7 @@ class GradientCollector:
 
     def abandon(self, groups: Groups) -> None:
         """Forget the open window, with what FSDP2 holds of it."""
-        if self.waits or self._window.passed_over:
+        if self._put_off.waits or self._window.passed_over:
             drop_gradients(groups)
         self._forget_micro_batch()
         self.clear(keep_memory=False)
@@ -143,7 +133,8 @@ class GradientCollector:
         """
         if self._external is not None:
             return self._external.take(groups)
-        own, waits, inside = self._is_own, self.waits, self._is_own or self._unstepped_fsdp2
+        own, waits = self._own.next_is_own, self._put_off.waits
+        inside = own or self._put_off.unstepped
         self._forget_micro_batch()
         self._check_kind(inside)
         added_up = waits or self._window.passed_over > 0  # by FSDP2, each weighing the same
@@ -169,8 +160,8 @@ class GradientCollector:
         Raises:
             RuntimeError: the window's gradients are still in FSDP2's hands.
         """
-        self._go_on_unstepped(groups)
-        if self._always_own:
+        self.go_on_unstepped(groups)
+        if self._own.always:
             done = False
             while not done:
                 ended, done = self._reduce(groups, flushing=True)
@@ -194,87 +185,28 @@ class GradientCollector:
             yield
             return
         if self._ranks.sharded:
-            with self._putting_off(model, groups):
+            modules = sharded_modules(model, groups)
+            self._put_off.check()
+            self.go_on_unstepped(groups)
+            with self._put_off.accumulate(modules, groups, len(self)):
                 yield
-            return
-        last = len(self) + 1 >= self._adaptation.steps
-        given = None if len(self) else model  # which is looked through, at a window's beginning
-        wrappers = averaging_modules(model, self._adaptation.ddp_around(groups, given))
-        averages = last if self._external is not None else self._leaves_averaging(wrappers, last)
-        if averages:
-            yield
-            return
-        if self._inside == 0:
-            self._is_own = self._unstepped = self._external is None
-        with self._forgotten_if_it_raises(), self._unread(), keeping_own(wrappers):
-            yield
-
-    @contextmanager
-    def _putting_off(self, model: nn.Module, groups: Groups) -> Iterator[None]:
-        """Have FSDP2 keep the gradients of a window's micro-batches until its last."""
-        modules = sharded_modules(model, groups)
-        self._put_off.check()
-        self._go_on_unstepped(groups)
-        last = len(self) + 1 >= self._adaptation.steps
-        self.waits = self._external is None and not last
-        with self._forgotten_if_it_raises(), reducing_if(last, modules):
-            yield
-        self._unstepped_fsdp2 = self._external is None
-        if last:
-            self._put_off.end(groups, self._window.passed_over + 1, self._have_gradient)
         else:
-            self._put_off.note(slot for slots in modules.values() for slot in slots)
+            with self._own.accumulate(model, groups, len(self)):
+                yield
 
-    def _go_on_unstepped(self, groups: Groups) -> None:
+    def go_on_unstepped(self, groups: Groups) -> None:
         """Go on where no `step()` has followed the last micro-batch of a window of FSDP2's."""
-        if self._put_off.added_up == 1:
-            return
-        if self._have_gradient(groups):
-            self._put_off.go_on(groups)
-        else:  # thrown away, as by a GradScaler
+        if not self._put_off.goes_on(groups):
             self._adaptation.losses.begin_again()
             self.abandon(groups)
 
-    def _have_gradient(self, groups: Groups) -> bool:
-        """Whether `p.grad` holds something on some rank, whose part may be zero on others."""
-        there = torch.tensor(float(have_gradient(groups)), device=self._device)
-        return self._adaptation.summed_parts(there).item() > 0
-
-    @contextmanager
-    def _forgotten_if_it_raises(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self._forget_micro_batch()
-            raise
-
     def may_lack_gradients(self, groups: Groups) -> bool:
         """Whether this micro-batch may leave nothing in `p.grad` on this rank."""
-        if not self._is_own:
-            return self.waits
-        return any(map(finds_unused, self._adaptation.ddp_around(groups)))
+        return self._put_off.waits or self._own.may_be_none(groups)
 
     def _forget_micro_batch(self) -> None:
-        self._is_own, self._unstepped = self._always_own, False
-        self.waits = self._unstepped_fsdp2 = False
-
-    def _leaves_averaging(self, wrappers: Sequence[nn.Module], last: bool) -> bool:
-        """Whether DDP had better average this micro-batch itself, while its backward runs.
-
-        There is nothing to put off in a window of one, unless it is to be weighted; and DDP records
-        a static graph in its first passes, for which it must average.
-        """
-        static = [wrapper for wrapper in wrappers if getattr(wrapper, "static_graph", False)]
-        records = any(wrapper not in self._have_averaged for wrapper in static)
-        if self._always_own and records:
-            raise ValueError(
-                "gradients='local' with DDP's static_graph=True: DDP must average in its first "
-                "pass, to record the graph; leave out one of the two"
-            )
-        if self._always_own or not wrappers or self._window.alone:
-            return False
-        alone = last and len(self) == 0 and not self._adaptation.samples.are_told
-        return records or alone
+        self._own.forget()
+        self._put_off.forget()
 
     def take_unstepped(self, groups: Groups) -> Ended | None:
         """Count a micro-batch of `accumulate` that no `step()` followed, as left out.
@@ -292,21 +224,7 @@ class GradientCollector:
 
     def is_unstepped(self, groups: Groups) -> bool:
         """Whether the last micro-batch of `accumulate` was thrown away instead of stepped."""
-        return self._unstepped and self._inside == 0 and not have_gradient(groups)
-
-    @contextmanager
-    def _unread(self) -> Iterator[None]:
-        """Leave backwards unread: this rank's own gradients are to be had at `step()`."""
-        self._go_inside(1)
-        try:
-            yield
-        finally:
-            self._go_inside(-1)
-
-    def _go_inside(self, contexts: int) -> None:
-        self._inside += contexts
-        if self._local is not None:
-            self._local.passes.paused = self._inside > 0
+        return self._own.is_unstepped(groups)
 
     def _check_kind(self, inside: bool) -> None:
         earlier = self._window.alone or self._window.passed_over > 0
@@ -340,7 +258,7 @@ class GradientCollector:
         """End a window whose mean over ranks `p.grad` holds, or this rank's shard of it."""
         steps = len(self._window)
         if self._local is not None:
-            self._have_averaged.update(self._adaptation.ddp_around(groups))
+            self._own.note_averaged(self._adaptation.ddp_around(groups))
         takes_sums = self._of_sums or self._share is not None
         row = self._adaptation.agree(measured, at_once=takes_sums)
         if not takes_sums:

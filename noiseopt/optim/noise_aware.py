@@ -120,6 +120,7 @@ class NoiseAware(AppliesMeans):
             ValueError: it would not be shorter, or has had more already.
         """
         if self._adaptation:
+            self._collector.go_on_unstepped(self._all_params())
             self._adaptation.shorten(steps, self._collector.taken())
 
     @contextmanager

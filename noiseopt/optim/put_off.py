@@ -1,28 +1,23 @@
 """Windows inside `accumulate` under FSDP2, which keeps gradients until the last backward."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from noiseopt.capture import LocalNorms, Slot, local, scale_all, unsharded_leaves
+from noiseopt.adaptation import Adaptation
+from noiseopt.capture import (
+    GradientWindow,
+    LocalNorms,
+    Slot,
+    local,
+    scale_all,
+    unsharded_leaves,
+)
 
 Groups = Sequence[Sequence[Tensor]]
-
-
-@contextmanager
-def reducing_if(last: bool, modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Have FSDP2 modules average what they have accumulated in the window's last backward only."""
-    sharded: list[Any] = list(modules)
-    for module in sharded:
-        module.set_requires_gradient_sync(last, recurse=False)
-    try:
-        yield
-    finally:
-        for module in sharded:
-            module.set_requires_gradient_sync(True, recurse=False)
 
 
 def sharded_modules(model: nn.Module, groups: Groups) -> dict[nn.Module, list[Slot]]:
@@ -44,23 +39,36 @@ class PutOff:
     """What FSDP2 puts off in the open window, and the mean that it leaves in `p.grad` at its end.
 
     Args:
-        of_sums: whether losses are sums, whose gradients are divided by what all ranks bring.
+        window: the open window.
         local: what is to be told of factors on `p.grad`.
+        adaptation: says how long windows are, and sums over the ranks.
+        of_sums: whether losses are sums, whose gradients are divided by what all ranks bring.
+        external: whether the loop accumulates gradients in `p.grad`, as FSDP2 averages them.
 
     Attributes:
-        added_up: of how many micro-batches `p.grad` holds the mean, or the sum where losses are; 1
-            before the window's end.
+        waits: whether FSDP2 keeps the gradient of the micro-batch that comes.
+        unstepped: whether a micro-batch awaits its `step()`.
     """
 
-    def __init__(self, of_sums: bool, local: LocalNorms | None) -> None:
-        self._of_sums, self._local = of_sums, local
+    def __init__(
+        self,
+        window: GradientWindow,
+        local: LocalNorms | None,
+        adaptation: Adaptation,
+        of_sums: bool,
+        external: bool,
+    ) -> None:
+        self._window, self._local, self._adaptation = window, local, adaptation
+        self._of_sums, self._external = of_sums, external
         self._kept: list[Slot] = []  # where FSDP2 has gradients that are still to be averaged
-        self.added_up = 1
+        # Of how many micro-batches `p.grad` holds the mean, or the sum where losses are.
+        self._added_up = 1
+        self.waits = self.unstepped = False
 
     @property
     def has_mean(self) -> bool:
         """Whether `p.grad` holds the mean of a whole window."""
-        return self.added_up > 1 and not self._of_sums
+        return self._added_up > 1 and not self._of_sums
 
     def check(self) -> None:
         """See that all gradients that were kept are there, before the next micro-batch.
@@ -76,28 +84,37 @@ class PutOff:
                 "its own: leave optimizer.accumulate() out"
             )
 
-    def note(self, slots: Iterable[Slot]) -> None:
-        """Take in where gradients were kept of a micro-batch."""
-        self._kept = [*{slot.param: slot for slot in slots if slot.keeps_gradient}.values()]
-
-    def end(self, groups: Groups, number: int, have_gradient: Callable[[Groups], bool]) -> None:
-        """Divide what the window's last backward has summed: the loop may clip it next.
+    @contextmanager
+    def accumulate(
+        self, modules: Mapping[nn.Module, Sequence[Slot]], groups: Groups, taken: int
+    ) -> Iterator[None]:
+        """Have FSDP2 keep the gradients of a micro-batch, unless it is the window's last.
 
         Args:
+            modules: FSDP2's, from `sharded_modules`.
             groups: the parameters of each group.
-            number: the window's micro-batches.
-            have_gradient: tells whether `p.grad` holds something on some rank: a collective.
-
-        Raises:
-            RuntimeError: FSDP2 has averaged some of what it had kept, and not the rest.
+            taken: the micro-batches that the window has had.
         """
-        left = sum(slot.keeps_gradient for slot in self._kept)
-        if left == len(self._kept) > 0 and not have_gradient(groups):
-            return  # no backward came
-        self.refuse_left_behind()
-        self._kept = []
-        if number > 1 and self._scale(groups, 1 / number):
-            self.added_up = number
+        last = taken + 1 >= self._adaptation.steps
+        self.waits = not (self._external or last)
+        with forgotten_if_it_raises(self.forget), _reducing_if(last, modules):
+            yield
+        self.unstepped = not self._external
+        if last:
+            self._end(groups)
+        else:
+            slots = (slot for slots in modules.values() for slot in slots)
+            self._kept = [*{slot.param: slot for slot in slots if slot.keeps_gradient}.values()]
+
+    def forget(self) -> None:
+        """Forget the micro-batch that comes."""
+        self.waits = self.unstepped = False
+
+    def _end(self, groups: Groups) -> None:
+        """Divide what the window's last backward has summed: the loop may clip it next."""
+        self._kept = [slot for slot in self._kept if slot.keeps_gradient]
+        self._added_up = self._window.passed_over + 1
+        self._scale(groups, 1 / self._added_up)
 
     def refuse_left_behind(self) -> None:
         """Refuse to end a window of which FSDP2 still keeps gradients, which the next would take.
@@ -105,33 +122,76 @@ class PutOff:
         Raises:
             RuntimeError: it does.
         """
-        left = sum(slot.keeps_gradient for slot in self._kept)
-        if left:
-            raise RuntimeError(
-                f"FSDP2 still keeps {left} of the {len(self._kept)} gradients of the window's "
-                "earlier micro-batches, which its last backward has not averaged: run backward() "
-                "in the last micro-batch too; and where that leaves out a module which was sharded "
-                "by itself, shard one around them, or leave optimizer.accumulate() out"
-            )
+        if self._kept:
+            raise _left_behind(len(self._kept))
 
-    def go_on(self, groups: Groups) -> None:
-        """Make the mean a sum again, to which what comes is added."""
-        self._scale(groups, float(self.added_up))
-        self.added_up = 1
+    def goes_on(self, groups: Groups) -> bool:
+        """Whether the open window goes on, if no `step()` has followed its last micro-batch.
+
+        Not if its gradients were thrown away, as by a GradScaler. Otherwise the mean is a sum
+        again, to which what comes is added. This is a collective where a window has ended.
+
+        Raises:
+            RuntimeError: FSDP2 has averaged some of what it had kept, and not the rest.
+        """
+        if self._added_up == 1:
+            return True
+        here = [float(have_gradient(groups)), float(len(self._kept))]
+        told = self._adaptation.summed_parts(torch.tensor(here, device=self._window.device))
+        found, kept = told.tolist()
+        if found and kept:
+            raise _left_behind(round(kept))
+        if not (found or kept):
+            return False
+        self._scale(groups, float(self._added_up))
+        self._added_up = 1
+        return True
 
     def clear(self) -> None:
         """Forget the window."""
-        self._kept, self.added_up = [], 1
+        self._kept, self._added_up = [], 1
 
     @torch.no_grad()
-    def _scale(self, groups: Groups, factor: float) -> bool:
-        """Multiply all gradients, unless they are of sums of losses; whether there was any."""
-        grads = [grad for params in groups for p in params if (grad := p.grad) is not None]
-        if not self._of_sums:
-            scale_all(grads, factor)
-            if self._local is not None:
-                self._local.scale(factor)
-        return bool(grads)
+    def _scale(self, groups: Groups, factor: float) -> None:
+        """Multiply all gradients, unless they are of sums of losses."""
+        if factor == 1 or self._of_sums:
+            return
+        grads = (p.grad for params in groups for p in params)
+        scale_all([grad for grad in grads if grad is not None], factor)
+        if self._local is not None:
+            self._local.scale(factor)
+
+
+def _left_behind(number: int) -> RuntimeError:
+    return RuntimeError(
+        f"FSDP2 still keeps {number} gradients of the window's earlier micro-batches, which its "
+        "last backward has not averaged: run backward() in the last micro-batch too; and where "
+        "that leaves out a module which was sharded by itself, shard one around them, or leave "
+        "optimizer.accumulate() out"
+    )
+
+
+@contextmanager
+def _reducing_if(last: bool, modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Have FSDP2 modules average what they have accumulated in the window's last backward only."""
+    sharded: list[Any] = list(modules)
+    for module in sharded:
+        module.set_requires_gradient_sync(last, recurse=False)
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.set_requires_gradient_sync(True, recurse=False)
+
+
+@contextmanager
+def forgotten_if_it_raises(forget: Callable[[], None]) -> Iterator[None]:
+    """Have a micro-batch forgotten whose forward or backward raises."""
+    try:
+        yield
+    except BaseException:
+        forget()
+        raise
 
 
 def drop_gradients(groups: Groups) -> None:

@@ -6,12 +6,10 @@ samples, or of micro-batches, and the mean is still that over all samples.
 """
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from noiseopt.adaptation import Adaptation
 from noiseopt.capture import (
@@ -89,41 +87,17 @@ def reduce_window(
 
 
 def _norm_of_halves(totals: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Of a sample's first halves: where each rank's loop clips its own, the whole norms are one."""
+    """Of a sample's first halves: where each rank's loop clips its own, only whole norms are one.
+
+    1 where the sample is all zeros, as of the rows that an embedding did not use.
+    """
     halves = [
         total.reshape(-1)[: -(-total.numel() // 2)] if total.layout == torch.strided else total
         for total in sampled(totals)
     ]
-    return norm_of_sample(halves, device)
+    norm = norm_of_sample(halves, device)
+    return norm.where(norm != 0, 1.0)
 
 
 def _sum_of(param: Tensor, sums: Mapping[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
     return sums[param] if param in sums else torch.zeros_like(param, dtype=dtype)
-
-
-@contextmanager
-def keeping_own(wrappers: Iterable[nn.Module]) -> Iterator[None]:
-    """Have DDP modules leave each rank its own gradients.
-
-    Raises:
-        RuntimeError: one has averaged all the same, since its forward was run before.
-    """
-    modules: list[Any] = list(wrappers)
-    with ExitStack() as stack:
-        for module in modules:
-            stack.enter_context(module.no_sync())
-        yield
-    for module in modules:
-        averages = getattr(module, "require_forward_param_sync", False)
-        if averages and any(param.grad is not None for param in module.parameters()):
-            raise RuntimeError(
-                "the model averaged its gradients inside optimizer.accumulate(), since its forward "
-                "was run before: run both, forward and backward, inside"
-            )
-
-
-def averaging_modules(model: nn.Module, ddp: Collection[nn.Module]) -> list[nn.Module]:
-    """What would average gradients: the DDP modules, whichever of them was given."""
-    given: Any = getattr(model, "_orig_mod", model)
-    others = [given] if hasattr(given, "no_sync") and given not in ddp else []
-    return [*ddp, *others]

@@ -531,7 +531,7 @@ def in_two_roots(rank, use_both):
 
 
 def left_behind(rank):
-    with pytest.raises(RuntimeError, match="still keeps 2 of the 4 gradients"):
+    with pytest.raises(RuntimeError, match="still keeps 2 gradients"):
         in_two_roots(rank, (True, False))
 
 
@@ -549,8 +549,9 @@ def left_behind_where_few_have_a_part(rank):
     first, last = part(draw(2 * RANKS), rank)
     take(many, first)
     optimizer.step()
-    with pytest.raises(RuntimeError, match="still keeps 2 of the 2 gradients"):
-        take(few, last)
+    take(few, last)
+    with pytest.raises(RuntimeError, match="still keeps 2 gradients"):
+        optimizer.step()
 
 
 def stepped_without_backward(rank):
@@ -564,8 +565,38 @@ def stepped_without_backward(rank):
         optimizer.zero_grad(set_to_none=False)
     with optimizer.accumulate(net):
         pass
-    with pytest.raises(RuntimeError, match="still keeps 4 of the 4 gradients"):
+    with pytest.raises(RuntimeError, match="still keeps 4 gradients"):
         optimizer.step()
+
+
+def skipped_by_all(rank):
+    """The second window's last micro-batch but one."""
+    net = shard(build())
+    optimizer = NoiseAwareSGD(net.parameters(), lr=0.1, noise=measured(2))
+    for index, batch in enumerate(part(draw(5 * RANKS), rank)):
+        with optimizer.accumulate(net):
+            if index != 3:
+                loss_of(net, batch).backward()
+        if index != 3:
+            optimizer.step()
+            optimizer.zero_grad()
+    return weights_of(net)
+
+
+def thrown_away_and_shortened(rank):
+    """A window of three that is thrown away, and one of a single micro-batch."""
+    net = shard(build())
+    optimizer = NoiseAwareSGD(net.parameters(), lr=0.1, noise=measured(3))
+    *thrown, last = part(draw(4 * RANKS), rank)
+    for batch in thrown:
+        with optimizer.accumulate(net):
+            loss_of(net, batch).backward()
+        if batch is not thrown[-1]:
+            optimizer.step()
+        optimizer.zero_grad()
+    optimizer.shorten_window(1)
+    loop(optimizer, net, [last])
+    return weights_of(net)
 
 
 def unsynchronised(rank):
@@ -704,6 +735,8 @@ CASES = {
     "left behind": left_behind,
     "left by few": left_behind_where_few_have_a_part,
     "no last backward": stepped_without_backward,
+    "skipped by all": skipped_by_all,
+    "shortened": thrown_away_and_shortened,
     "unsynchronised": unsynchronised,
     "hybrid 1": functools.partial(hybrid, replicate=1),
     "hybrid 2": functools.partial(hybrid, replicate=2),
@@ -983,6 +1016,23 @@ def test_modules_that_are_sharded_each_by_itself_are_one_model(ranks):
         optimizer.zero_grad()
     assert_same_windows(first["windows"], seen(optimizer, net)["windows"], 1e-10)
     torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("name", "windows"), [("skipped by all", [[0, 1, 2, 3], [4, 5, 8, 9]]), ("shortened", [[6, 7]])]
+)
+def test_windows_go_on_or_begin_again_where_their_last_micro_batch_had_no_step(
+    ranks, name, windows
+):
+    net = build()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    batches = draw(5 * RANKS)
+    for window in windows:
+        (sum(loss_of(net, batches[index]) for index in window) / len(window)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for found in result(ranks, name):
+        torch.testing.assert_close(found, weights_of(net), rtol=0, atol=1e-12)
 
 
 def test_parameters_beside_the_sharded_ones_may_be_averaged_by_hand(ranks):

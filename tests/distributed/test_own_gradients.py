@@ -84,6 +84,25 @@ def assert_estimated(found, dtype, rel):
 TYPES = {"fp32": (torch.float32, 1e-5), "bf16": (torch.bfloat16, 1e-2)}
 
 
+def large_table(rank, same_data):
+    """Few of its rows are used at a time, and none of the first ones."""
+    messages = []
+    handler = watched(messages)
+    torch.manual_seed(0)
+    table = nn.EmbeddingBag(5000, 600).double()
+    torch.manual_seed(rank)
+    optimizer = NoiseAwareAdamW(table.parameters(), lr=LR, noise=measured(2))
+    generator = torch.Generator().manual_seed(1 if same_data else 1 + rank)
+    for _ in range(12):
+        with optimizer.accumulate(table):
+            rows = torch.randint(10, 5000, (4, 3), generator=generator)
+            table(rows).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    logging.getLogger("noiseopt").removeHandler(handler)
+    return [message for message in messages if "same data" in message]
+
+
 def guarded(rank, wrap, same_data, same_randomness, accumulates=True, clips=False):
     """What is logged where ranks see the same data, or drop out the same units."""
     messages = []
@@ -391,18 +410,19 @@ def buffered(rank, steps):
     return *(each.module.mean for each in (ours, plain)), weights_of(ours), weights_of(plain)
 
 
-def wrapped_anew(rank, model=WithBuffer, container=unwrapped, **ways):
+def wrapped_anew(rank, model=WithBuffer, container=unwrapped, at=4, sizes=(4, 2), **ways):
     """A run whose model is wrapped anew in its midst, and one that is not."""
-    batches = part(draw(12 * RANKS), rank)
-    runs = []
+    batches = part(draw(12 * RANKS, [*sizes] * 12), rank)
+    runs, known = [], []
     for again in (True, False):
         net = model()
         optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
         wrapped = container(DistributedDataParallel(net, **ways))
-        loop(optimizer, wrapped, batches[:4])
+        loop(optimizer, wrapped, batches[:at], counts=True)
         if again:
+            known.append(wrapped)
             wrapped = container(DistributedDataParallel(net, **ways))
-        loop(optimizer, wrapped, batches[4:])
+        loop(optimizer, wrapped, batches[at:], counts=True)
         wrapped.eval()
         wrapped(batches[0][0])  # before it DDP sends its buffers
         runs.append(seen(optimizer, net) | {"buffers": list(net.buffers())})
@@ -633,7 +653,8 @@ LOOPS = {
 CONTAINERS = {
     "plainly": {},
     "in a container": {"container": nn.Sequential},
-    "static graph": {"model": build, "static_graph": True},
+    "in a window": {"container": nn.Sequential, "model": build, "at": 5},
+    "static graph": {"model": build, "sizes": (4, 4), "static_graph": True},
 }
 
 CASES = {
@@ -660,6 +681,7 @@ CASES = {
         for of, wrap in WRAPS.items()
         for clips in (False, True)
     },
+    **{f"table {same}": functools.partial(large_table, same_data=same) for same in (False, True)},
     "raises before": functools.partial(raises_inside, after=False),
     "raises after": functools.partial(raises_inside, after=True),
     **{f"sums, {name}": functools.partial(sums_of_tokens, **how) for name, how in LOOPS.items()},
@@ -940,6 +962,11 @@ def test_buffers_are_those_of_a_loop_that_averages_in_each_windows_last_backward
     ours, plain, weights, plain_weights = first
     torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
     torch.testing.assert_close(weights, plain_weights, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_the_same_data_show_where_no_sampled_entry_has_a_gradient(ranks, same):
+    assert [len(messages) for messages in result(ranks, f"table {same}")] == [int(same), 0]
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
