@@ -116,7 +116,7 @@ SIZES = {
     for size in (
         Size("tiny", Shape(1, 64, 2, 16), 1, 2, {1: 4, WINDOW: 4}),
         # 44 tensors of next to nothing: what is left is what each update costs, however long.
-        Size("80K", Shape(5, 32, 2, 16), 1, 8, {1: 800, WINDOW: 200}),
+        Size("70K", Shape(5, 32, 2, 16), 1, 8, {1: 800, WINDOW: 200}),
         Size("1M", Shape(5, 128, 4, 128), 4, 8, {1: 120, WINDOW: 40}),
         Size("1M, 4096 tokens", Shape(5, 128, 4, 128), 32, 4, {1: 48, WINDOW: 24}),
         Size("10M", Shape(8, 320, 5, 128), 1, 4, {1: 32, WINDOW: 16}),
