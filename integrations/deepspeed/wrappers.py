@@ -154,7 +154,7 @@ class ShardedWrapper(Wrapper):
     def lent_norm(self, norm: Tensor) -> AbstractContextManager[None]:
         """Lend an update the norm of the whole mean, which is without the loss scale."""
         scaled = (norm * self.loss_scale).float()
-        return _answering(self.optimizer, "scaled_global_norm", scaled)
+        return _answering(self.optimizer, "scaled_global_norm", norm, scaled)
 
     def params(self) -> Groups:
         """The model's own parameters in each group."""
@@ -173,6 +173,17 @@ class Stage3Wrapper(Wrapper):
     """ZeRO stage 3, whose groups are split into sub-groups."""
 
     sharded = True
+
+    @property
+    def takes_norm(self) -> bool:
+        """Not where gradients are offloaded, as at stages 1 and 2."""
+        whole = type(self.optimizer) is DeepSpeedZeroOptimizer_Stage3
+        return whole and not self.optimizer.offload_optimizer
+
+    def lent_norm(self, norm: Tensor) -> AbstractContextManager[None]:
+        """Lend an update the norm of the whole mean, as if that were of one sub-group."""
+        scaled = (norm * self.loss_scale).float()
+        return _answering(self.optimizer, "_get_norm_groups", norm, [scaled])
 
     def params(self) -> Groups:
         """The model's own parameters in each group."""
@@ -244,12 +255,14 @@ def _held(tensors: Iterable[Tensor | None] | None) -> list[Tensor]:
     return [tensor for tensor in tensors or () if tensor is not None]
 
 
-def _answering(optimizer: Any, name: str, norm: Tensor) -> AbstractContextManager[None]:
+def _answering(
+    optimizer: Any, name: str, norm: Tensor, answer: Any
+) -> AbstractContextManager[None]:
     """Spare a method that reads a norm; of one that is not finite DeepSpeed judges by its own."""
     read = getattr(optimizer, name, None)  # by another name nobody calls what is put there
 
     def known(*args: Any) -> Any:
-        return norm if read is None or bool(norm.isfinite()) else read(*args)
+        return answer if read is None or bool(norm.isfinite()) else read(*args)
 
     return _replaced(optimizer, name, known)
 
