@@ -96,7 +96,7 @@ class LeafNorms:
         self.strays = self.unread = False
 
     def listen(self, wanted: bool) -> None:
-        """Say whether the open window is measured, so that edits of gradients matter."""
+        """Say whether the open window is measured, so that edits of gradients and strays matter."""
         self._listens = wanted
 
     def detach(self) -> None:
@@ -118,7 +118,7 @@ class LeafNorms:
     def _reader(self, param: Tensor, group: int) -> Callable[[Tensor], None]:
         def read(grad: Tensor) -> None:
             if not self._reads:
-                self.strays |= not self._inside
+                self.strays |= self._listens and not self._inside
                 return
             # In two parts it comes where a parameter is used inside and outside of a reentrant
             # checkpoint.

@@ -206,6 +206,7 @@ class BackwardCapture:
     def clear(self) -> None:
         """Forget the open window."""
         self.passes.clear()
+        self.passes.listen(True)
         self._means, self._unread = {}, False
 
     def detach(self) -> None:

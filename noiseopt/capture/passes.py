@@ -87,9 +87,7 @@ class BackwardPasses:
         self.norms = [torch.cat([norms, norms.new_zeros(1)]) for norms in self.norms]
 
     def clear(self) -> None:
-        """Forget what was read. From the next window on the user's hooks, too, come first."""
-        if self.norms:
-            self._reading.come_last()
+        """Forget what was read."""
         self.norms, self._current, self.num_skipped, self._unread = [], [], 0, False
         self._passing.clear()
         self._brought.clear()
@@ -104,8 +102,10 @@ class BackwardPasses:
         self.norms = [unknown_norms(self._num_groups, self._device)] * number
 
     def listen(self, wanted: bool) -> None:
-        """Read gradients only while that is wanted."""
+        """Read gradients, as hooks that others have added leave them, only while that is wanted."""
         self._listens = wanted
+        if wanted:
+            self._reading.come_last()
 
     def detach(self) -> None:
         """Remove the hooks."""

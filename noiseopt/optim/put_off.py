@@ -61,6 +61,7 @@ class PutOff:
         self._window, self._local, self._adaptation = window, local, adaptation
         self._of_sums, self._external = of_sums, external
         self._kept: list[Slot] = []  # where FSDP2 has gradients that are still to be averaged
+        self._averaged = 0  # how many of them it has averaged in the window's last backward
         # Of how many micro-batches `p.grad` holds the mean, or the sum where losses are.
         self._added_up = 1
         self.waits = self.unstepped = False
@@ -112,7 +113,8 @@ class PutOff:
 
     def _end(self, groups: Groups) -> None:
         """Divide what the window's last backward has summed: the loop may clip it next."""
-        self._kept = [slot for slot in self._kept if slot.keeps_gradient]
+        kept, self._kept = self._kept, [slot for slot in self._kept if slot.keeps_gradient]
+        self._averaged = len(kept) - len(self._kept)
         self._added_up = self._window.passed_over + 1
         self._scale(groups, 1 / self._added_up)
 
@@ -136,10 +138,10 @@ class PutOff:
         """
         if self._added_up == 1:
             return True
-        here = [float(have_gradient(groups)), float(len(self._kept))]
+        here = [float(have_gradient(groups)), float(len(self._kept)), float(self._averaged)]
         told = self._adaptation.summed_parts(torch.tensor(here, device=self._window.device))
-        found, kept = told.tolist()
-        if found and kept:
+        found, kept, averaged = told.tolist()
+        if kept and (found or averaged):
             raise _left_behind(round(kept))
         if not (found or kept):
             return False
@@ -149,7 +151,7 @@ class PutOff:
 
     def clear(self) -> None:
         """Forget the window."""
-        self._kept, self._added_up = [], 1
+        self._kept, self._averaged, self._added_up = [], 0, 1
 
     @torch.no_grad()
     def _scale(self, groups: Groups, factor: float) -> None:

@@ -19,7 +19,6 @@ from noiseopt.capture import (
     as_tensor,
     big_columns,
     moved,
-    norm_of_sample,
     sampled,
     scale_all,
     squared_norms,
@@ -87,15 +86,15 @@ def reduce_window(
 
 
 def _norm_of_halves(totals: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Of a sample's first halves: where each rank's loop clips its own, only whole norms are one.
+    """Of a few ones' first halves: where each rank's loop clips its own, only whole norms are one.
 
-    1 where the sample is all zeros, as of the rows that an embedding did not use.
+    1 where they are all zeros, as those of a table of whose rows few were used may be.
     """
     halves = [
         total.reshape(-1)[: -(-total.numel() // 2)] if total.layout == torch.strided else total
         for total in sampled(totals)
     ]
-    norm = norm_of_sample(halves, device)
+    norm = squared_norms([halves], device)[0]
     return norm.where(norm != 0, 1.0)
 
 

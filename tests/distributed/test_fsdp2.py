@@ -569,6 +569,24 @@ def stepped_without_backward(rank):
         optimizer.step()
 
 
+def partly_thrown_away(rank):
+    """The last backward leaves out a root, and what it brings is thrown away without it."""
+    net = build()
+    fully_shard(net[0])
+    fully_shard(net[2])
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
+    first, last = part(draw(2 * RANKS), rank)
+    loop(optimizer, net, [first])
+    with optimizer.accumulate(net):
+        loss_by_parts(net, last, uses_both=False).backward()
+    optimizer.zero_grad()
+    with (
+        pytest.raises(RuntimeError, match="still keeps 4 gradients"),
+        optimizer.accumulate(net),
+    ):
+        pass
+
+
 def skipped_by_all(rank):
     """The second window's last micro-batch but one."""
     net = shard(build())
@@ -735,6 +753,7 @@ CASES = {
     "left behind": left_behind,
     "left by few": left_behind_where_few_have_a_part,
     "no last backward": stepped_without_backward,
+    "thrown away in part": partly_thrown_away,
     "skipped by all": skipped_by_all,
     "shortened": thrown_away_and_shortened,
     "unsynchronised": unsynchronised,
@@ -1057,6 +1076,7 @@ def test_parameters_beside_the_sharded_ones_may_be_averaged_by_hand(ranks):
         "left behind",
         "left by few",
         "no last backward",
+        "thrown away in part",
     ],
 )
 def test_what_cannot_be_is_an_error_with_the_remedy(ranks, name):

@@ -84,7 +84,7 @@ def assert_estimated(found, dtype, rel):
 TYPES = {"fp32": (torch.float32, 1e-5), "bf16": (torch.bfloat16, 1e-2)}
 
 
-def large_table(rank, same_data):
+def large_table(rank, same_data, clips=False):
     """Few of its rows are used at a time, and none of the first ones."""
     messages = []
     handler = watched(messages)
@@ -96,7 +96,9 @@ def large_table(rank, same_data):
     for _ in range(12):
         with optimizer.accumulate(table):
             rows = torch.randint(10, 5000, (4, 3), generator=generator)
-            table(rows).square().mean().backward()
+            (table(rows).square().mean() * 1e5).backward()
+        if clips:
+            nn.utils.clip_grad_norm_(table.parameters(), 1e-3)
         optimizer.step()
         optimizer.zero_grad()
     logging.getLogger("noiseopt").removeHandler(handler)
@@ -681,7 +683,11 @@ CASES = {
         for of, wrap in WRAPS.items()
         for clips in (False, True)
     },
-    **{f"table {same}": functools.partial(large_table, same_data=same) for same in (False, True)},
+    **{
+        f"table {same}, {clips}": functools.partial(large_table, same_data=same, clips=clips)
+        for same in (False, True)
+        for clips in (False, True)
+    },
     "raises before": functools.partial(raises_inside, after=False),
     "raises after": functools.partial(raises_inside, after=True),
     **{f"sums, {name}": functools.partial(sums_of_tokens, **how) for name, how in LOOPS.items()},
@@ -964,9 +970,11 @@ def test_buffers_are_those_of_a_loop_that_averages_in_each_windows_last_backward
     torch.testing.assert_close(weights, plain_weights, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("clips", [False, True])
 @pytest.mark.parametrize("same", [False, True])
-def test_the_same_data_show_where_no_sampled_entry_has_a_gradient(ranks, same):
-    assert [len(messages) for messages in result(ranks, f"table {same}")] == [int(same), 0]
+def test_the_same_data_show_where_few_entries_have_a_gradient(ranks, same, clips):
+    found = result(ranks, f"table {same}, {clips}")
+    assert [len(messages) for messages in found] == [int(same), 0]
 
 
 @pytest.mark.parametrize("name", CONTAINERS)

@@ -63,6 +63,12 @@ def test_a_stray_backward_at_the_start_of_a_measured_window_is_seen(model, leave
     assert leaves.strays
 
 
+def test_a_stray_backward_in_a_window_that_is_not_measured_is_let_pass(model, leaves):
+    leaves.listen(False)
+    model(torch.ones(2, 4)).sum().backward()
+    assert not leaves.strays
+
+
 def test_detached_hooks_stay_away(model, leaves):
     leaves.detach()
     for measured in (False, True):
