@@ -42,8 +42,10 @@ class Hooks:
         self._take_down()
 
     def _is_last(self, handle: Any) -> bool:
-        hooks = handle.hooks_dict_ref() or {}
-        return all(hook in self._standing for hook in takewhile(handle.id.__ne__, reversed(hooks)))
+        hooks, own = handle.hooks_dict_ref() or {}, handle.id
+        if next(reversed(hooks), own) == own:
+            return True
+        return all(hook in self._standing for hook in takewhile(own.__ne__, reversed(hooks)))
 
     def _put_up(self, puts: Sequence[Put]) -> None:
         handles = [handle for put in puts for handle in put()]
