@@ -22,6 +22,7 @@ from noiseopt.capture import (
     as_tensor,
     device_of,
     is_sharded,
+    plain_norms,
     squared_norms,
 )
 from noiseopt.distributed import DIGESTS, Ranks, digest, refuse_differing, spread
@@ -32,6 +33,7 @@ TOLERANCE = 1e-12  # of the relative variance of the mean gradient's squared nor
 SAME = 1e-14  # what rounding leaves of the relative variance of equal numbers
 TINY = 1e-30  # a squared norm; of smaller ones squares in fp32 may be zero
 WINDOWS_AT_ONCE = 20  # of a run's first; mistakes in a loop show there
+DRAWS_SEEN_EVERY = 8  # windows, after those: to read the random state takes a while
 CHECKS = 4  # numbers that show whether ranks go together
 CPU = torch.device("cpu")
 
@@ -62,6 +64,7 @@ class Agreement:
         self._plain: list[Tensor] = []  # parameters beside FSDP2's, which every rank holds whole
         self._state: Facts = {}
         self._settings: Facts = {}
+        self._settings_digest = 0
         self._lead = math.inf
         self.followed: Facts = {}
         self._digest = 0
@@ -129,7 +132,9 @@ class Agreement:
             lead: finite where this rank takes part out of its loop's turn: its micro-batches in the
                 window. Then those of the ranks with the most are followed, the same on these.
         """
-        self._settings, self._lead = settings, lead
+        if settings != self._settings:
+            self._settings, self._settings_digest = settings, digest(settings)
+        self._lead = lead
 
     def sum_(
         self,
@@ -204,28 +209,37 @@ class Agreement:
 
         Four numbers show it: what differs where ranks see different data; the squared norm of the
         mean gradient, which must be the same (where ranks hold shards, that of the parameters which
-        are none); a digest of the decision state; one of the random state.
+        are none); a digest of the decision state; one of the random state, nan where that is not
+        looked at.
         """
         own, mean = slice(num_groups), slice(num_groups, 2 * num_groups)
-        now = _random_state(row.device if isinstance(row, Tensor) else CPU)
-        drawn, self._random = now if self._random not in (None, now) else 0, now
-        state = digest((self._digest, self._settings))
+        drawn = self._drawn(row.device if isinstance(row, Tensor) else CPU)
+        state = digest((self._digest, self._settings_digest))
         if isinstance(row, Tensor):
-            of_all = self._plain_norm(row.device) if self.ranks.sharded else row[mean].sum()
+            of_all = row[mean].sum()
+            if self.ranks.sharded:
+                of_all = squared_norms([self._plain_grads()], row.device)[0]
             digests = row.new_full((), state), row.new_full((), drawn)  # which wait for nothing
             norm = row[own].sum() if shows_data is None else row[own].sum() * shows_data
             told = torch.stack([norm.to(row.dtype), of_all.to(row.dtype), *digests])
             return torch.cat([row, told, told.square(), *([] if extra is None else [extra])])
-        alike = self._plain_norm(CPU).item() if self.ranks.sharded else sum(row[mean])
+        alike = plain_norms([self._plain_grads()])[0] if self.ranks.sharded else sum(row[mean])
         data = sum(row[own]) * (1.0 if shows_data is None else shows_data.item())
         plain = data, alike, state, drawn
         squares = (number * number for number in plain)
         rest = [] if extra is None else extra.tolist()
         return torch.tensor([*row, *plain, *squares, *rest], dtype=torch.float64, device=CPU)
 
-    def _plain_norm(self, device: torch.device) -> Tensor:
-        grads = [grad for param in self._plain if (grad := param.grad) is not None]
-        return squared_norms([grads], device)[0]
+    def _drawn(self, device: torch.device) -> float:
+        """A digest of the random state, if some number was drawn since the last look; else 0."""
+        if self._windows >= WINDOWS_AT_ONCE and self._windows % DRAWS_SEEN_EVERY:
+            return math.nan
+        now = _random_state(device)
+        drawn, self._random = now if self._random not in (None, now) else 0, now
+        return drawn
+
+    def _plain_grads(self) -> list[Tensor]:
+        return [grad for param in self._plain if (grad := param.grad) is not None]
 
     def _finish(self, together: bool = True) -> None:
         """End the sum that was begun last, and read it where that waits for nothing else."""
@@ -273,7 +287,8 @@ class Agreement:
                 continue
             if not math.isnan(sums[0]):  # as in a window that is not measured
                 self.suspicions.see_data(local < SAME and sums[0] > 0)
-            self.suspicions.see_randomness(drawn < SAME and sums[3] > 0)
+            if not math.isnan(sums[3]):
+                self.suspicions.see_randomness(drawn < SAME and sums[3] > 0)
 
     def _follow_or_stop(self, own: Told, together: bool) -> None:
         what = "the state that decisions rest on, or the optimizer's settings"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from noiseopt.capture.hooks import Hooks, taking_hooks
-from noiseopt.capture.norms import begun_norm, joined_norm, moved, unknown_norms
+from noiseopt.capture.norms import Begun, begun_norm, joined_norm, moved, unknown_norms
 
 
 class LeafNorms:
@@ -40,7 +40,7 @@ class LeafNorms:
         self._params = [param for params in groups for param in params]
         self._inside = self._reads = False
         self._listens = True
-        self._arrived: dict[Tensor, tuple[int, Tensor]] = {}
+        self._arrived: dict[Tensor, tuple[int, Begun]] = {}
         self.norms: list[Tensor] = []
         self.factors: list[Tensor] = []
         self.strays = self.unread = False
@@ -118,7 +118,8 @@ class LeafNorms:
     def _reader(self, param: Tensor, group: int) -> Callable[[Tensor], None]:
         def read(grad: Tensor) -> None:
             if not self._reads:
-                self.strays |= self._listens and not self._inside
+                if self._listens and not self._inside:
+                    self.strays = True
                 return
             # In two parts it comes where a parameter is used inside and outside of a reentrant
             # checkpoint.
@@ -129,7 +130,8 @@ class LeafNorms:
 
     def _confirm(self, param: Tensor) -> None:
         """After accumulation: torch 2.6 loses the hook of a custom function in a checkpoint."""
-        self.unread |= self._reads and param not in self._arrived
+        if self._reads and param not in self._arrived:
+            self.unread = True
 
     def _joined(self, group: int) -> Tensor:
         begun = [norm for index, norm in self._arrived.values() if index == group]

@@ -6,6 +6,7 @@ from noiseopt.capture.frames import only_builds_state as only_builds_state
 from noiseopt.capture.local_norms import LocalNorms as LocalNorms
 from noiseopt.capture.norms import device_of as device_of
 from noiseopt.capture.norms import moved as moved
+from noiseopt.capture.norms import plain_norms as plain_norms
 from noiseopt.capture.norms import sampled as sampled
 from noiseopt.capture.norms import squared_norms as squared_norms
 from noiseopt.capture.norms import sum_dtype as sum_dtype

@@ -10,6 +10,10 @@ from torch import Tensor
 
 from noiseopt.capture.sharding import Share, local
 
+# Of a gradient on the CPU |.|^2, where reading it waits for nothing and small tensors that live on
+# among large ones cost more; elsewhere |.|, 0-d.
+Begun = Tensor | float
+
 # Getters for map(): over many small gradients a loop of Python's takes as long as their norms.
 _dtype, _layout, _is_cpu = map(attrgetter, ("dtype", "layout", "is_cpu"))
 _EXACT = (torch.float32, torch.float64)
@@ -63,25 +67,24 @@ def norm_of_sample(grads: Sequence[Tensor], device: torch.device) -> Tensor:
     return squared_norms([parts], device)[0]
 
 
-def begun_norm(grad: Tensor) -> Tensor:
-    """What one gradient adds to a norm, 0-d, in the fewest operations: see `joined_norm`."""
+def begun_norm(grad: Tensor) -> Begun:
+    """What one gradient adds to a norm, in the fewest operations: see `joined_norm`."""
     grad = local(grad)
     if grad.is_cpu:
-        return _square_cpu(grad)
+        return _square_cpu(grad).item()
     return torch._foreach_norm([_plain(grad)], 2, dtype=_wide(grad.dtype))[0]
 
 
-def joined_norm(begun: Sequence[Tensor], device: torch.device) -> Tensor:
+def joined_norm(begun: Sequence[Begun], device: torch.device) -> Tensor:
     """|g|^2 of all gradients together whose norms were begun, 0-d. Nothing waits for it."""
-    if device.type == "cpu" and all(map(_is_cpu, begun)):
-        return torch.tensor(sum(norm.item() for norm in begun), dtype=torch.float64, device=device)
-    total = torch.zeros((), dtype=sum_dtype(device), device=device)
+    on_host = sum(square for square in begun if isinstance(square, float))
+    total = torch.full((), on_host, dtype=sum_dtype(device), device=device)
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for norm in begun:
-        by_kind[norm.device, norm.dtype].append(norm)
+        if isinstance(norm, Tensor):
+            by_kind[norm.device, norm.dtype].append(norm)
     for (source, _), norms in by_kind.items():
-        stacked = torch.stack(norms).to(sum_dtype(source))
-        squares = stacked if source.type == "cpu" else stacked.square()
+        squares = torch.stack(norms).to(sum_dtype(source)).square()
         total += moved(squares.sum(), device, total.dtype)
     return total
 

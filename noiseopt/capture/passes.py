@@ -17,7 +17,7 @@ from torch.autograd.function import BackwardCFunction
 
 from noiseopt.capture.frames import runs_in
 from noiseopt.capture.hooks import Hooks, taking_hooks
-from noiseopt.capture.norms import begun_norm, device_of, joined_norm, unknown_norms
+from noiseopt.capture.norms import Begun, begun_norm, device_of, joined_norm, unknown_norms
 from noiseopt.capture.sharding import Slot, is_sharded, settled, share_among, unsharded_leaves
 
 _parts = share_among(1)  # into how many different ones a gradient is spread
@@ -58,9 +58,9 @@ class BackwardPasses:
         self._num_groups = len(groups)
         self._device = device_of(groups)
         self._following, self._reading = Hooks(), Hooks()
-        self._passing: dict[Tensor, tuple[Tensor, float]] = {}
+        self._passing: dict[Tensor, tuple[Begun, float]] = {}
         self._starts_anew = False
-        self._current: list[list[tuple[Tensor, float]]] = []
+        self._current: list[list[tuple[Begun, float]]] = []
         self._attached: set[Tensor] = set()  # leaves that are hooked
         self._unseen: list[Slot] = []  # FSDP2's parameters that are still to be hooked
         self._unread = False  # whether a gradient passed that was not hooked
@@ -230,7 +230,7 @@ class BackwardPasses:
         self._stood = any(param.grad is not None for param in self._brought)
         self._ended()
 
-    def _joined(self, norms: list[tuple[Tensor, float]]) -> Tensor:
+    def _joined(self, norms: list[tuple[Begun, float]]) -> Tensor:
         if self.model_ranks == 1:
             return joined_norm([norm for norm, _ in norms], self._device)
         ranks = self.model_ranks

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from typing import Any, TypeVar, cast
 
 from noiseopt.control.clipping import NormLevel
@@ -161,7 +162,13 @@ def _timing(config: NoiseConfig) -> Timing | None:
 
 
 def _state_names(state: Any) -> list[str]:
-    return [item.name for item in fields(state) if not item.metadata.get("setting")]
+    kind: Any = type(state)
+    return _names_of_kind(kind)
+
+
+@cache
+def _names_of_kind(kind: type[Any]) -> list[str]:
+    return [item.name for item in fields(kind) if not item.metadata.get("setting")]
 
 
 def to_numbers(state: Any, prefix: str = "") -> dict[str, Number]:
