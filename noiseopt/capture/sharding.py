@@ -147,11 +147,15 @@ class Slot:
         return whole
 
     @property
-    def keeps_gradient(self) -> bool:
-        """Whether FSDP2 has accumulated one in it that is still to be averaged."""
-        leaf = self.leaf
-        in_leaf = leaf is not None and leaf.grad is not None
-        return in_leaf or self.held.unsharded_accumulated_grad is not None
+    def kept(self) -> list[Tensor]:
+        """The gradients that FSDP2 has accumulated in it, which are still to be averaged."""
+        leaf, kept = self.leaf, self.held.unsharded_accumulated_grad
+        return [g for g in (kept, None if leaf is None else leaf.grad) if g is not None]
+
+    @property
+    def mark(self) -> list[tuple[int, int]]:
+        """What changes as soon as FSDP2 accumulates a gradient in it, or averages it."""
+        return [(id(grad), grad._version) for grad in self.kept]
 
     def drop_gradient(self) -> None:
         """Drop what FSDP2 has accumulated in it and not averaged yet."""

@@ -120,7 +120,7 @@ class GradientCollector:
 
     def abandon(self, groups: Groups) -> None:
         """Forget the open window, with what FSDP2 holds of it."""
-        if self._put_off.waits or self._window.passed_over:
+        if self._put_off.holds:
             drop_gradients(groups)
         self._forget_micro_batch()
         self.clear(keep_memory=False)
@@ -132,6 +132,7 @@ class GradientCollector:
             RuntimeError: the ranks' gradients differ, or the window mixes kinds of gradients.
         """
         if self._external is not None:
+            self._put_off.refuse_left_behind()
             return self._external.take(groups)
         own, waits = self._own.next_is_own, self._put_off.waits
         inside = own or self._put_off.unstepped

@@ -62,6 +62,7 @@ class PutOff:
         self._of_sums, self._external = of_sums, external
         self._kept: list[Slot] = []  # where FSDP2 has gradients that are still to be averaged
         self._averaged = 0  # how many of them it has averaged in the window's last backward
+        self._spoiled = False  # whether it has some of a micro-batch that raised
         # Of how many micro-batches `p.grad` holds the mean, or the sum where losses are.
         self._added_up = 1
         self.waits = self.unstepped = False
@@ -71,13 +72,20 @@ class PutOff:
         """Whether `p.grad` holds the mean of a whole window."""
         return self._added_up > 1 and not self._of_sums
 
+    @property
+    def holds(self) -> bool:
+        """Whether FSDP2 may hold something of the open window."""
+        return self.waits or self._spoiled or bool(self._kept)
+
     def check(self) -> None:
         """See that all gradients that were kept are there, before the next micro-batch.
 
         Raises:
             RuntimeError: some are not: whatever averaged them, they are not in the window's mean.
+                Or there are others, of a micro-batch that raised.
         """
-        lost = sum(not slot.keeps_gradient for slot in self._kept)
+        self._refuse_spoiled()
+        lost = sum(not slot.kept for slot in self._kept)
         if lost:
             raise RuntimeError(
                 f"FSDP2 no longer keeps {lost} of the {len(self._kept)} gradients of the window's "
@@ -98,14 +106,25 @@ class PutOff:
         """
         last = taken + 1 >= self._adaptation.steps
         self.waits = not (self._external or last)
-        with forgotten_if_it_raises(self.forget), _reducing_if(last, modules):
+        slots = [*{slot.param: slot for slots in modules.values() for slot in slots}.values()]
+        with self._forgotten_if_it_raises(slots), _reducing_if(last, modules):
             yield
         self.unstepped = not self._external
         if last:
             self._end(groups)
         else:
-            slots = (slot for slots in modules.values() for slot in slots)
-            self._kept = [*{slot.param: slot for slot in slots if slot.keeps_gradient}.values()]
+            self._kept = [slot for slot in slots if slot.kept]
+
+    @contextmanager
+    def _forgotten_if_it_raises(self, slots: Sequence[Slot]) -> Iterator[None]:
+        """Have a micro-batch forgotten that raises; what FSDP2 has of it spoils the window."""
+        kept = [slot.mark for slot in slots]
+        try:
+            with forgotten_if_it_raises(self.forget):
+                yield
+        except BaseException:
+            self._spoiled |= kept != [slot.mark for slot in slots]
+            raise
 
     def forget(self) -> None:
         """Forget the micro-batch that comes."""
@@ -113,7 +132,7 @@ class PutOff:
 
     def _end(self, groups: Groups) -> None:
         """Divide what the window's last backward has summed: the loop may clip it next."""
-        kept, self._kept = self._kept, [slot for slot in self._kept if slot.keeps_gradient]
+        kept, self._kept = self._kept, [slot for slot in self._kept if slot.kept]
         self._averaged = len(kept) - len(self._kept)
         self._added_up = self._window.passed_over + 1
         self._scale(groups, 1 / self._added_up)
@@ -124,6 +143,7 @@ class PutOff:
         Raises:
             RuntimeError: it does.
         """
+        self._refuse_spoiled()
         if self._kept:
             raise _left_behind(len(self._kept))
 
@@ -151,7 +171,16 @@ class PutOff:
 
     def clear(self) -> None:
         """Forget the window."""
-        self._kept, self._averaged, self._added_up = [], 0, 1
+        self._kept, self._averaged, self._added_up, self._spoiled = [], 0, 1, False
+
+    def _refuse_spoiled(self) -> None:
+        if self._spoiled:
+            raise RuntimeError(
+                "a micro-batch raised inside optimizer.accumulate() after its backward had begun: "
+                "FSDP2 has added what it brought to the window's earlier micro-batches, and cannot "
+                "take it out again; go on from a checkpoint, or catch inside the block what may "
+                "raise after the backward"
+            )
 
     @torch.no_grad()
     def _scale(self, groups: Groups, factor: float) -> None:

@@ -2,8 +2,10 @@
 
 import functools
 import math
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from copy import deepcopy
 from dataclasses import replace
+from itertools import chain
 from unittest.mock import patch
 
 import pytest
@@ -517,22 +519,78 @@ def loss_by_parts(net, batch, uses_both):
     return (net[2](hidden) - targets).square().mean()
 
 
-def in_two_roots(rank, use_both):
+def in_two_roots(rank, use_both, accumulation="internal"):
     net = build()
     fully_shard(net[0])
     fully_shard(net[2])
-    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(2))
+    config = replace(measured(2), accumulation=accumulation)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=config)
     for batch, uses_both in zip(part(draw(2 * RANKS), rank), use_both, strict=True):
         with optimizer.accumulate(net):
             loss_by_parts(net, batch, uses_both).backward()
+        if accumulation == "external" and uses_both:
+            continue
         optimizer.step()
         optimizer.zero_grad()
     return seen(optimizer, net)
 
 
-def left_behind(rank):
+def left_behind(rank, **how):
     with pytest.raises(RuntimeError, match="still keeps 2 gradients"):
-        in_two_roots(rank, (True, False))
+        in_two_roots(rank, (True, False), **how)
+
+
+RAISES = 4  # the second micro-batch of the second window
+
+
+def raised_before(rank):
+    """The loop catches it, and goes on with the next."""
+    net = shard(build())
+    optimizer = NoiseAwareSGD(net.parameters(), lr=0.1, noise=measured(3))
+    for index, batch in enumerate(part(draw(7 * RANKS), rank)):
+        with suppress(ValueError):
+            with optimizer.accumulate(net):
+                if index == RAISES:
+                    raise ValueError("a bad sample")
+                loss_of(net, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return weights_of(net)
+
+
+def raised_after(rank, raises, accumulation="internal"):
+    """Its gradient cannot be told from the window's; a state that is loaded begins it again."""
+    net = shard(build())
+    config = replace(measured(3), accumulation=accumulation)
+    optimizer = NoiseAwareSGD(net.parameters(), lr=0.1, noise=config)
+    batches = part(draw(9 * RANKS), rank)
+
+    def take(index):
+        with optimizer.accumulate(net):
+            loss = loss_of(net, batches[index])
+            (loss / 3 if accumulation == "external" else loss).backward()
+            if index == raises:
+                raise ValueError("a bad sample")
+        if accumulation == "internal" or index % 3 == 2:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    for index in range(3):
+        take(index)
+    state = deepcopy(optimizer.state_dict())
+    for index in range(3, raises):
+        take(index)
+    with pytest.raises(ValueError, match="a bad sample"):
+        take(raises)
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="raised inside optimizer.accumulate"):
+        take(raises)
+    with pytest.raises(RuntimeError, match=r"raised inside optimizer.accumulate|no gradient"):
+        optimizer.step()
+    optimizer.load_state_dict(state)
+    for index in range(6, 9):
+        take(index)
+    return weights_of(net)
 
 
 def left_behind_where_few_have_a_part(rank):
@@ -751,6 +809,15 @@ CASES = {
     **{f"outside {at}": functools.partial(partly_outside, at=at) for at in (0, 1)},
     "two roots": functools.partial(in_two_roots, use_both=(False, True)),
     "left behind": left_behind,
+    "left behind, external": functools.partial(left_behind, accumulation="external"),
+    "raised before": raised_before,
+    **{
+        f"raised in {raises}, {accumulation}": functools.partial(
+            raised_after, raises=raises, accumulation=accumulation
+        )
+        for raises in (3, 4, 5)
+        for accumulation in ("internal", "external")
+    },
     "left by few": left_behind_where_few_have_a_part,
     "no last backward": stepped_without_backward,
     "thrown away in part": partly_thrown_away,
@@ -920,6 +987,23 @@ def test_so_does_one_of_summed_losses(ranks):
     torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["raised before", *(name for name in CASES if name.startswith("raised in"))],
+)
+def test_a_micro_batch_that_raises_is_in_no_update(ranks, name):
+    first, second = result(ranks, name)
+    assert torch.equal(first, second)
+    number, left_out = (7, [RAISES]) if name == "raised before" else (9, [3, 4, 5])
+    micro_batches = split_into(draw(number * RANKS), [RANKS] * number)
+    used = [each for index, each in enumerate(micro_batches) if index not in left_out]
+    windows = [[*chain(*used[:3])], [*chain(*used[3:])]]
+    net = build()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    train(net, optimizer, windows, lambda net, window: sum(loss_of(net, b) for b in window) / 6)
+    torch.testing.assert_close(first, weights_of(net), rtol=0, atol=1e-12)
+
+
 def test_losses_with_blocks_of_their_own_are_added_up(ranks):
     first, second = result(ranks, "two parts")
     assert_agreed(first, second)
@@ -1074,6 +1158,7 @@ def test_parameters_beside_the_sharded_ones_may_be_averaged_by_hand(ranks):
         "outside 1",
         "root forgotten",
         "left behind",
+        "left behind, external",
         "left by few",
         "no last backward",
         "thrown away in part",
