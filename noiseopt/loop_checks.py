@@ -9,6 +9,7 @@ from noiseopt.distributed import Ranks
 
 SHORT_WINDOWS = 8  # in a row, before a loop is taken not to follow
 STANDSTILL = 20  # windows in a row without an update; a GradScaler finds its scale in fewer
+OVERTAKEN = 3  # windows; hooks that are added once, and stay, come after ours in one
 SHRUNK = 2.0**-10  # a GradScaler starts from 2^16; clipping rarely takes so much
 
 
@@ -41,6 +42,7 @@ class LoopChecks:
             scale_is_told: whether the factor on its losses is known.
         """
         passes = capture.settle(groups)
+        self.see_hooks(capture.passes.num_overtaken)
         if passes == 0:
             return
         if passes > len(capture):
@@ -63,6 +65,20 @@ class LoopChecks:
             "to their sum is unknown, and such windows are not measured; add the losses of a "
             f"micro-batch up and call backward() once, or, {remedy}",
         )
+
+    def see_hooks(self, overtaken: int) -> None:
+        """Warn of hooks that are added for each backward, and may change what was read.
+
+        Args:
+            overtaken: the windows so far in which such came after ours.
+        """
+        if overtaken >= OVERTAKEN:
+            self._warn(
+                "hooks",
+                f"in {overtaken} windows hooks on parameters were added before a backward, after "
+                "those that read gradients: they may change what was read, and such windows are "
+                "not measured; add them once, and leave them there",
+            )
 
     def _see_length(self, passes: int, announced: int) -> None:
         """Warn of windows that stay shorter than they were to be; of 1 each, nothing shows that."""

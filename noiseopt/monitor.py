@@ -7,6 +7,7 @@ schedulers of `noiseopt.schedulers`, or by the loop itself.
 """
 
 import warnings
+import weakref
 from typing import Any
 
 import torch
@@ -100,13 +101,15 @@ class NoiseMonitor(NoiseReadings):
         ranks = ranks_of(groups, process_group)
         names = group_names(optimizer.param_groups)
         self._adaptation: Adaptation = Adaptation(self.config, rate_rule, names, ranks)
+        told = weakref.proxy(self._adaptation)  # the hooks keep nothing alive
         self._capture = BackwardCapture(
             groups,
-            lambda: self.accumulation_steps,
+            lambda: told.steps,
             ranks.share if ranks.sharded else None,
-            lambda: self._adaptation.measures,
-            lambda totals: self._adaptation.summed_parts(totals),
+            lambda: told.measures,
+            lambda totals: told.summed_parts(totals),
         )
+        weakref.finalize(self, self._capture.detach)
         self._checks = LoopChecks(ranks)
         self._micro_batches = 0
         self._closing: int | None = None  # the window's micro-batches, while the optimizer steps

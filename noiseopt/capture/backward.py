@@ -206,7 +206,7 @@ class BackwardCapture:
     def clear(self) -> None:
         """Forget the open window."""
         self.passes.clear()
-        self.passes.listen(True)
+        self.passes.come_last()
         self._means, self._unread = {}, False
 
     def detach(self) -> None:

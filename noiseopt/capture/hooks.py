@@ -3,14 +3,18 @@
 They stay up where nothing is to be read: to put one up takes ten times as long as to be called.
 """
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
 Put = Callable[[], Sequence[Any]]
+
+
+_standing: set[int] = set()  # the ids of all hooks that only read
 
 
 class Hooks:
@@ -19,44 +23,53 @@ class Hooks:
     Behind one another they stay as they are, whoever's they are: they only read.
     """
 
-    _standing: ClassVar[set[int]] = set()  # the ids of all that there are
-
     def __init__(self) -> None:
         self._puts: list[Put] = []
         self._handles: list[Any] = []
+        finalizer = weakref.finalize(self, _forget, self._handles)
+        finalizer.atexit = False
 
     def add(self, put: Put) -> None:
         """Add what registers some hooks and returns their handles."""
         self._puts.append(put)
-        self._put_up([put])
+        self._put_up(put)
 
     def come_last(self) -> None:
         """Put them up again if others have been added behind them since."""
-        if not all(map(self._is_last, self._handles)):
+        if not all(map(stands_last, self._handles)):
             self._take_down()
-            self._put_up(self._puts)
+            for put in self._puts:
+                self._put_up(put)
 
     def remove(self) -> None:
         """Take them down for good."""
         self._puts.clear()
         self._take_down()
 
-    def _is_last(self, handle: Any) -> bool:
-        hooks, own = handle.hooks_dict_ref() or {}, handle.id
-        if next(reversed(hooks), own) == own:
-            return True
-        return all(hook in self._standing for hook in takewhile(own.__ne__, reversed(hooks)))
-
-    def _put_up(self, puts: Sequence[Put]) -> None:
-        handles = [handle for put in puts for handle in put()]
-        self._standing.update(handle.id for handle in handles)
+    def _put_up(self, put: Put) -> None:
+        handles = put()
+        _standing.update(handle.id for handle in handles)
         self._handles += handles
 
     def _take_down(self) -> None:
+        _forget(self._handles)
         for handle in self._handles:
-            self._standing.discard(handle.id)
             handle.remove()
         self._handles.clear()
+
+
+def stands_last(handle: Any) -> bool:
+    """Whether no hook stands behind this one but those that only read."""
+    hooks, own = handle.hooks_dict_ref(), handle.id
+    if not hooks or own not in hooks:
+        return False
+    if next(reversed(hooks)) == own:
+        return True
+    return all(hook in _standing for hook in takewhile(own.__ne__, reversed(hooks)))
+
+
+def _forget(handles: Sequence[Any]) -> None:
+    _standing.difference_update(handle.id for handle in handles)
 
 
 @contextmanager

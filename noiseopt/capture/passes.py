@@ -16,7 +16,7 @@ from torch.autograd import Variable
 from torch.autograd.function import BackwardCFunction
 
 from noiseopt.capture.frames import runs_in
-from noiseopt.capture.hooks import Hooks, taking_hooks
+from noiseopt.capture.hooks import Hooks, stands_last, taking_hooks
 from noiseopt.capture.norms import Begun, begun_norm, device_of, joined_norm, unknown_norms
 from noiseopt.capture.sharding import Slot, is_sharded, settled, share_among, unsharded_leaves
 
@@ -36,6 +36,8 @@ class BackwardPasses:
     Attributes:
         norms: |h|^2 of each pass since the last `clear`, shape (groups,).
         num_skipped: passes since then that were thrown away for not being finite.
+        num_overtaken: windows since the start in which hooks that others had added since the window
+            opened came after ours: what these have read is not known then.
         paused: whether gradients go by unread.
         watched: the parameters, each with its group.
         model_ranks: over how many ranks one rank's gradient is spread, as by tensor parallelism;
@@ -63,12 +65,13 @@ class BackwardPasses:
         self._current: list[list[tuple[Begun, float]]] = []
         self._attached: set[Tensor] = set()  # leaves that are hooked
         self._unseen: list[Slot] = []  # FSDP2's parameters that are still to be hooked
-        self._unread = False  # whether a gradient passed that was not hooked
+        self._unread = False  # whether a gradient passed that was not hooked, or not read last
+        self._overtaken: int | None = None  # the pass in which one was not read last
         self._brought: set[Tensor] = set()
         self._stood = False  # whether the last pass left gradients of them in `p.grad`
         self._task = -1
         self.norms: list[Tensor] = []
-        self.num_skipped = 0
+        self.num_skipped = self.num_overtaken = 0
         self.watched: dict[Tensor, int] = {}
         self.model_ranks = 1
         self.paused = False
@@ -102,10 +105,14 @@ class BackwardPasses:
         self.norms = [unknown_norms(self._num_groups, self._device)] * number
 
     def listen(self, wanted: bool) -> None:
-        """Read gradients, as hooks that others have added leave them, only while that is wanted."""
+        """Read gradients only while that is wanted."""
         self._listens = wanted
         if wanted:
-            self._reading.come_last()
+            self.come_last()
+
+    def come_last(self) -> None:
+        """Read gradients as hooks that others have added leave them."""
+        self._reading.come_last()
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -184,6 +191,8 @@ class BackwardPasses:
                 return
             self._starts_anew = leaf is param and param.grad is None
             if self._reads():
+                if not stands_last(reader):
+                    self._overtaken = torch._C._current_graph_task_id()
                 whole = settled(grad)  # which may be spread otherwise than the parameter
                 self._passing[leaf] = begun_norm(whole), _parts(whole)
 
@@ -192,7 +201,8 @@ class BackwardPasses:
                 self._take(leaf, param)
 
         with taking_hooks(leaf):
-            return hooked.register_hook(before), hooked.register_post_accumulate_grad_hook(after)
+            reader = hooked.register_hook(before)
+            return reader, hooked.register_post_accumulate_grad_hook(after)
 
     def _take(self, leaf: Tensor, param: Tensor) -> None:
         task = torch._C._current_graph_task_id()
@@ -222,6 +232,9 @@ class BackwardPasses:
         Variable._execution_engine.queue_callback(self._end)
 
     def _end(self) -> None:
+        if self._overtaken == self._task:
+            self.num_overtaken += not self._unread
+            self._unread = True
         if self._reads() and not self.see_more():
             self.norms.append(torch.stack([self._joined(norms) for norms in self._current]))
         else:

@@ -238,6 +238,7 @@ class GradientCollector:
             )
 
     def _read_own(self, local: LocalNorms, groups: Groups) -> Tensor:
+        self._checks.see_hooks(local.passes.num_overtaken)
         passes, number = len(local), self._window.passed_over + 1
         if passes > number:
             self._checks.see_passes(

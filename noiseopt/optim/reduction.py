@@ -86,12 +86,12 @@ def reduce_window(
 
 
 def _norm_of_halves(totals: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Of a few ones' first halves: where each rank's loop clips its own, only whole norms are one.
+    """Of every other entry: where each rank's loop clips its own, only whole norms are one.
 
     1 where they are all zeros, as those of a table of whose rows few were used may be.
     """
     halves = [
-        total.reshape(-1)[: -(-total.numel() // 2)] if total.layout == torch.strided else total
+        total.reshape(-1)[::2] if total.layout == torch.strided else total
         for total in sampled(totals)
     ]
     norm = squared_norms([halves], device)[0]

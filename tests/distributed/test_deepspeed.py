@@ -172,9 +172,11 @@ class WithStranger(nn.Module):
 
 
 # What DeepSpeed reads the mean's norm with at each stage: a class, and its method.
+ZERO = "deepspeed.runtime.zero"
 READERS = {
     0: ("deepspeed.DeepSpeedEngine", "clip_fp32_gradients"),
-    1: ("deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer", "scaled_global_norm"),
+    1: (f"{ZERO}.stage_1_and_2.DeepSpeedZeroOptimizer", "scaled_global_norm"),
+    3: (f"{ZERO}.stage3.DeepSpeedZeroOptimizer_Stage3", "_get_norm_groups"),
 }
 READERS[2] = READERS[1]
 
@@ -383,7 +385,7 @@ CASES |= {
     f"words {sparse}": functools.partial(words_run, sparse=sparse) for sparse in (False, True)
 }
 NORMS = {f"stage {stage}": {"stage": stage} for stage in READERS}
-NORMS |= {f"stage {stage} scaled": {"stage": stage, "scale": 64.0} for stage in (1, 2)}
+NORMS |= {f"stage {stage} scaled": {"stage": stage, "scale": 64.0} for stage in (1, 2, 3)}
 CASES |= {
     f"norms, {name}, {mode}": functools.partial(norms_run, mode=mode, **settings)
     for name, settings in (NORMS | {"stranger": {"stage": 0, "stranger": True}}).items()

@@ -583,9 +583,9 @@ def raised_after(rank, raises, accumulation="internal"):
     with pytest.raises(ValueError, match="a bad sample"):
         take(raises)
     optimizer.zero_grad()
-    with pytest.raises(RuntimeError, match="raised inside optimizer.accumulate"):
+    with pytest.raises(RuntimeError, match=r"raised inside optimizer\.accumulate"):
         take(raises)
-    with pytest.raises(RuntimeError, match=r"raised inside optimizer.accumulate|no gradient"):
+    with pytest.raises(RuntimeError, match=r"raised inside optimizer\.accumulate|no gradient"):
         optimizer.step()
     optimizer.load_state_dict(state)
     for index in range(6, 9):

@@ -84,7 +84,10 @@ def assert_estimated(found, dtype, rel):
 TYPES = {"fp32": (torch.float32, 1e-5), "bf16": (torch.bfloat16, 1e-2)}
 
 
-def large_table(rank, same_data, clips=False):
+ROWS = ((10, 5000), (10, 2500), (2500, 5000))
+
+
+def large_table(rank, same_data, clips=False, rows=(10, 5000)):
     """Few of its rows are used at a time, and none of the first ones."""
     messages = []
     handler = watched(messages)
@@ -95,8 +98,8 @@ def large_table(rank, same_data, clips=False):
     generator = torch.Generator().manual_seed(1 if same_data else 1 + rank)
     for _ in range(12):
         with optimizer.accumulate(table):
-            rows = torch.randint(10, 5000, (4, 3), generator=generator)
-            (table(rows).square().mean() * 1e5).backward()
+            used = torch.randint(*rows, (4, 3), generator=generator)
+            (table(used).square().mean() * 1e5).backward()
         if clips:
             nn.utils.clip_grad_norm_(table.parameters(), 1e-3)
         optimizer.step()
@@ -684,9 +687,12 @@ CASES = {
         for clips in (False, True)
     },
     **{
-        f"table {same}, {clips}": functools.partial(large_table, same_data=same, clips=clips)
+        f"table {same}, {clips}, {rows}": functools.partial(
+            large_table, same_data=same, clips=clips, rows=rows
+        )
         for same in (False, True)
         for clips in (False, True)
+        for rows in ROWS
     },
     "raises before": functools.partial(raises_inside, after=False),
     "raises after": functools.partial(raises_inside, after=True),
@@ -970,10 +976,11 @@ def test_buffers_are_those_of_a_loop_that_averages_in_each_windows_last_backward
     torch.testing.assert_close(weights, plain_weights, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("clips", [False, True])
 @pytest.mark.parametrize("same", [False, True])
-def test_the_same_data_show_where_few_entries_have_a_gradient(ranks, same, clips):
-    found = result(ranks, f"table {same}, {clips}")
+def test_the_same_data_show_where_few_entries_have_a_gradient(ranks, same, clips, rows):
+    found = result(ranks, f"table {same}, {clips}, {rows}")
     assert [len(messages) for messages in found] == [int(same), 0]
 
 

@@ -1,9 +1,15 @@
 """Hooks that read gradients come behind those that others add, whenever these do."""
 
+import gc
+import weakref
+from dataclasses import replace
+
 import pytest
 import torch
 
+from noiseopt import NoiseAwareSGD, NoiseConfig, NoiseMonitor
 from noiseopt.capture import LocalNorms
+from noiseopt.capture.hooks import _standing
 
 
 @pytest.fixture
@@ -43,3 +49,64 @@ def test_what_is_detached_reads_nothing_and_is_not_put_up_again(param):
     local.open_window()
     param.sum().backward()
     assert len(local) == 0
+
+
+def test_where_others_come_after_a_window_has_opened_nothing_is_known(param):
+    local = LocalNorms([[param]])
+    param.register_hook(lambda grad: grad * 3)
+    param.sum().backward()
+    assert local.take([[param]], 1).isnan().all()
+    local.open_window()
+    param.sum().backward()
+    assert local.take([[param]], 1).tolist() == [[36.0]]
+
+
+def trained(param, adds_hook, windows=6):
+    """A loop of its own windows, of two passes each; what was measured of them, and their norms."""
+    config = NoiseConfig(mode="advise", accumulation="external", accumulation_steps=2)
+    config = replace(config, decision_interval=1, samples_per_micro_batch=1)
+    optimizer = NoiseAwareSGD([param], lr=0.0, noise=config)
+    for window in range(windows):
+        for _ in range(2):
+            handle = param.register_hook(lambda grad: grad * 3) if adds_hook(window) else None
+            (param.sum() / 2).backward()
+            if handle and adds_hook(window + 1):
+                handle.remove()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [decision.windows[0].norms.small_sq for decision in optimizer.decisions]
+
+
+def test_hooks_that_are_added_for_each_backward_are_told(param, caplog):
+    assert trained(param, adds_hook=lambda window: True) == [()] * 6
+    assert caplog.text.count("were added before a backward") == 1
+
+
+def test_hooks_that_are_added_once_cost_a_window(param, caplog):
+    found = trained(param, adds_hook=lambda window: window == 0)
+    assert found[0] == ()
+    assert all(found[1:])
+    assert "were added before" not in caplog.text
+
+
+@pytest.mark.parametrize("accumulation", ["internal", "external", "watched"])
+def test_an_optimizer_that_is_dropped_leaves_its_parameters_to_be_freed(accumulation):
+    gc.collect()
+    before = len(_standing)
+    model = torch.nn.Linear(3, 3)
+    if accumulation == "watched":
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        NoiseMonitor(optimizer)
+    else:
+        config = NoiseConfig(accumulation=accumulation)
+        optimizer = NoiseAwareSGD(model.parameters(), lr=0.1, noise=config)
+    for _ in range(3):
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    weight = weakref.ref(model.weight)
+    del model, optimizer
+    gc.collect()  # takes the hooks down
+    gc.collect()
+    assert weight() is None
+    assert len(_standing) == before
