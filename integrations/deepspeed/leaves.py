@@ -29,8 +29,6 @@ class LeafNorms:
         factors: f_i of each backward, 0-d.
         strays: whether gradients came outside of `reading`, as by a direct `loss.backward()`.
         unread: whether a gradient came in parts, whose norms do not add, or past its hook.
-        lacks_earlier: whether the window's first micro-batch had none of a parameter that one in an
-            earlier window had, as far as they were read.
     """
 
     def __init__(
@@ -45,8 +43,7 @@ class LeafNorms:
         self._arrived: dict[Tensor, tuple[int, Begun]] = {}
         self.norms: list[Tensor] = []
         self.factors: list[Tensor] = []
-        self.strays = self.unread = self.lacks_earlier = False
-        self._used: set[Tensor] = set()
+        self.strays = self.unread = False
         self._hooks = Hooks()
         self._unwatched = [(p, index) for index, params in enumerate(groups) for p in params]
         self._watch_unfrozen()
@@ -77,7 +74,6 @@ class LeafNorms:
             self._inside = self._reads = False
         norms = unknown_norms(self._num_groups, self._device)
         if measured:
-            self._see_lacking()
             norms = torch.stack([self._joined(index) for index in range(self._num_groups)])
         self.norms.append(norms)
         self.factors.append(moved(factors[0], norms.device, norms.dtype))
@@ -97,7 +93,7 @@ class LeafNorms:
     def clear(self) -> None:
         """Start the next window."""
         self.norms, self.factors = [], []
-        self.strays = self.unread = self.lacks_earlier = False
+        self.strays = self.unread = False
 
     def listen(self, wanted: bool) -> None:
         """Say whether the open window is measured, so that edits of gradients and strays matter."""
@@ -106,12 +102,6 @@ class LeafNorms:
     def detach(self) -> None:
         """Remove the hooks."""
         self._hooks.remove()
-
-    def _see_lacking(self) -> None:
-        lacking = self._used.difference(self._arrived)
-        if not self.norms and any(param.requires_grad for param in lacking):
-            self.lacks_earlier = True
-        self._used.update(self._arrived)
 
     def _watch_unfrozen(self) -> None:
         """Watch what was frozen until now; ZeRO leaves what is frozen at first as it is."""

@@ -11,7 +11,6 @@ from noiseopt.integrations.deepspeed.leaves import LeafNorms
 
 KEEPS_LAST_ONLY = (1, 2)  # stages that lose all but the last of several backwards in one step
 SUMS_ANEW = 3  # the stage whose zero_grad() has the next backward forget the window's earlier ones
-APPLIES_AGAIN = 3  # the stage that applies what a window lacks as the last one that had it left it
 
 logger = logging.getLogger("noiseopt")
 
@@ -139,16 +138,6 @@ class LoopWatch:
                 "a parameter's gradient came in parts or unread, as where it is used inside and "
                 "outside of a reentrant checkpoint: windows with one are not measured; use "
                 "checkpoint(use_reentrant=False), and a newer torch",
-            )
-            return False
-        stage = int(self._engine.zero_optimization_stage())
-        if stage == APPLIES_AGAIN and self._leaves.lacks_earlier:
-            self._tell_here(
-                "lacks",
-                "a window's first micro-batch does not use a parameter that an earlier window has "
-                f"used: at ZeRO stage {stage} DeepSpeed applies its gradient of then again, with "
-                '"noise_aware" or without; such windows are not measured; freeze what is not used, '
-                "or train at stage 2",
             )
             return False
         if not self._control.loop_ends_windows and passes != self._calls:

@@ -439,34 +439,6 @@ def hooked(rank, stage, each):
         return windows(engine)[0].norms.small_sq
 
 
-class Heads(torch.nn.Module):
-    """Two heads, of which a micro-batch uses one."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.body, self.heads = torch.nn.Linear(6, 4), torch.nn.ModuleList()
-        self.heads.extend(torch.nn.Linear(4, 3) for _ in range(2))
-
-    def forward(self, inputs, head):
-        return self.heads[head](self.body(inputs))
-
-
-def heads_in_turn(rank, stage, freezes=False):
-    """The first window of two uses one head, the second the other."""
-    engines.set_up(rank)
-    net = Heads()
-    config = config_of(stage, steps=2, noise=TWO, **NOT_CLIPPED)
-    with Warnings() as texts, engine_of(config, net) as engine:
-        for index, (inputs, targets) in enumerate(batches_of(4, rank)):
-            head = index // 2
-            if freezes:
-                net.heads[0].requires_grad_(head == 0)
-            engine.backward((engine(inputs, head) - targets).square().mean())
-            engine.step()
-        return texts, [window.norms.finite for window in windows(engine)]
-
-
 def thawed_inside(rank):
     """Frozen for two windows, in the second of which hooks are put up again, and in the third not
     from its second micro-batch on."""
@@ -619,11 +591,6 @@ CASES = {
     "after none": functools.partial(cleared, stage=0, by="engine", kind="after none"),
     **{f"by hand {s}": functools.partial(cleared, stage=s, by="hand") for s in (0, 1)},
     "copied": copied_model,
-    **{
-        f"heads {stage} {freezes}": functools.partial(heads_in_turn, stage=stage, freezes=freezes)
-        for stage in range(4)
-        for freezes in (False, True)
-    },
     **{
         f"hooked {stage} {each}": functools.partial(hooked, stage=stage, each=each)
         for stage in (0, 2)
@@ -912,12 +879,3 @@ def test_losses_that_the_loop_divides_are_told_whole(ranks):
     wanted = [sum(means) / 2 for means in zip(*(mean for _, mean in runs), strict=True)]
     for told, _ in runs:
         assert told == pytest.approx(wanted, rel=1e-5)
-
-
-@pytest.mark.parametrize("freezes", [False, True])
-@pytest.mark.parametrize("stage", range(4))
-def test_what_stage_3_applies_again_is_told(ranks, stage, freezes):
-    for texts, finite in result(ranks, f"heads {stage} {freezes}"):
-        again = stage == 3 and not freezes
-        assert finite == [True, not again]
-        assert ["applies its gradient of then again" in text for text in texts] == [True] * again
