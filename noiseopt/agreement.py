@@ -64,7 +64,6 @@ class Agreement:
         self._plain: list[Tensor] = []  # parameters beside FSDP2's, which every rank holds whole
         self._state: Facts = {}
         self._settings: Facts = {}
-        self._settings_digest = 0
         self._lead = math.inf
         self.followed: Facts = {}
         self._digest = 0
@@ -132,9 +131,7 @@ class Agreement:
             lead: finite where this rank takes part out of its loop's turn: its micro-batches in the
                 window. Then those of the ranks with the most are followed, the same on these.
         """
-        if settings != self._settings:
-            self._settings, self._settings_digest = settings, digest(settings)
-        self._lead = lead
+        self._settings, self._lead = settings, lead
 
     def sum_(
         self,
@@ -214,7 +211,7 @@ class Agreement:
         """
         own, mean = slice(num_groups), slice(num_groups, 2 * num_groups)
         drawn = self._drawn(row.device if isinstance(row, Tensor) else CPU)
-        state = digest((self._digest, self._settings_digest))
+        state = digest((self._digest, self._settings))
         if isinstance(row, Tensor):
             of_all = row[mean].sum()
             if self.ranks.sharded:

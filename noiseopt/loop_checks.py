@@ -1,11 +1,14 @@
 """Warnings of a loop that does not bring what measuring and training rest on."""
 
+import logging
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from noiseopt.capture import BackwardCapture
 from noiseopt.distributed import Ranks
+
+logger = logging.getLogger("noiseopt")
 
 SHORT_WINDOWS = 8  # in a row, before a loop is taken not to follow
 STANDSTILL = 20  # windows in a row without an update; a GradScaler finds its scale in fewer
@@ -72,12 +75,13 @@ class LoopChecks:
         Args:
             overtaken: the windows so far in which such came after ours.
         """
-        if overtaken >= OVERTAKEN:
-            self._warn(
-                "hooks",
+        if overtaken >= OVERTAKEN and "hooks" not in self._told:
+            self._told.add("hooks")
+            # Other ranks' loops may not add any.
+            logger.warning(
                 f"in {overtaken} windows hooks on parameters were added before a backward, after "
                 "those that read gradients: they may change what was read, and such windows are "
-                "not measured; add them once, and leave them there",
+                "not measured; add them once, and leave them there"
             )
 
     def _see_length(self, passes: int, announced: int) -> None:

@@ -14,7 +14,9 @@ from torch import Tensor
 Put = Callable[[], Sequence[Any]]
 
 
-_standing: set[int] = set()  # the ids of all hooks that only read
+# Whose hooks bring modules and gradients together, and return these as they came.
+TORCHS_OWN = "torch.distributed."
+_standing: set[int] = set()  # the ids of all hooks of ours
 
 
 class Hooks:
@@ -65,7 +67,13 @@ def stands_last(handle: Any) -> bool:
         return False
     if next(reversed(hooks)) == own:
         return True
-    return all(hook in _standing for hook in takewhile(own.__ne__, reversed(hooks)))
+    all_hooks = list(hooks.items())[::-1]  # a copy: a collector may take some down meanwhile
+    behind = takewhile(lambda pair: pair[0] != own, all_hooks)
+    return all(key in _standing or _is_torchs(hook) for key, hook in behind)
+
+
+def _is_torchs(hook: Any) -> bool:
+    return (getattr(hook, "__module__", None) or "").startswith(TORCHS_OWN)
 
 
 def _forget(handles: Sequence[Any]) -> None:

@@ -36,8 +36,9 @@ class BackwardPasses:
     Attributes:
         norms: |h|^2 of each pass since the last `clear`, shape (groups,).
         num_skipped: passes since then that were thrown away for not being finite.
-        num_overtaken: windows since the start in which hooks that others had added since the window
-            opened came after ours: what these have read is not known then.
+        num_overtaken: windows since the start that were overtaken.
+        is_overtaken: whether hooks which others had added since the window opened came after ours
+            in one of its passes, whose norms are then not known. Other ranks' may be.
         paused: whether gradients go by unread.
         watched: the parameters, each with its group.
         model_ranks: over how many ranks one rank's gradient is spread, as by tensor parallelism;
@@ -50,7 +51,7 @@ class BackwardPasses:
     def __init__(
         self,
         groups: Sequence[Sequence[Tensor]],
-        ended: Callable[[], None],
+        ended: Callable[[], object],
         reads: Callable[[], bool],
         skips: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -65,7 +66,7 @@ class BackwardPasses:
         self._current: list[list[tuple[Begun, float]]] = []
         self._attached: set[Tensor] = set()  # leaves that are hooked
         self._unseen: list[Slot] = []  # FSDP2's parameters that are still to be hooked
-        self._unread = False  # whether a gradient passed that was not hooked, or not read last
+        self._unread = False  # whether a gradient passed that was not hooked
         self._overtaken: int | None = None  # the pass in which one was not read last
         self._brought: set[Tensor] = set()
         self._stood = False  # whether the last pass left gradients of them in `p.grad`
@@ -74,7 +75,7 @@ class BackwardPasses:
         self.num_skipped = self.num_overtaken = 0
         self.watched: dict[Tensor, int] = {}
         self.model_ranks = 1
-        self.paused = False
+        self.paused = self.is_overtaken = self._detached = False
         self._listens = True
         for index, params in enumerate(groups):
             self._watch_trained(params, index)
@@ -91,7 +92,8 @@ class BackwardPasses:
 
     def clear(self) -> None:
         """Forget what was read."""
-        self.norms, self._current, self.num_skipped, self._unread = [], [], 0, False
+        self.norms, self._current, self.num_skipped = [], [], 0
+        self._unread = self.is_overtaken = False
         self._passing.clear()
         self._brought.clear()
 
@@ -115,7 +117,9 @@ class BackwardPasses:
         self._reading.come_last()
 
     def detach(self) -> None:
-        """Remove the hooks."""
+        """Remove the hooks; inside a backward, too, where a collector finds nobody to read it."""
+        self._detached, self._listens = True, False
+        self._reads, self._skips, self._ended = _no, _no, _no
         self._reading.remove()
         self._following.remove()
         self.watched.clear()
@@ -161,6 +165,8 @@ class BackwardPasses:
 
     def _see(self, slots: Sequence[Slot]) -> bool:
         """Hook those of FSDP2's parameters that were made whole; whether some had a gradient."""
+        if self._detached:
+            return False
         made = {leaf: slot.param for slot in slots if (leaf := slot.leaf) is not None}
         new = [leaf for leaf in made if leaf not in self._attached]
         for leaf in new:
@@ -214,8 +220,9 @@ class BackwardPasses:
             # What FSDP2 keeps for a later pass is none of what was thrown away.
             if self._starts_anew or (leaf is not param and self._stood and param.grad is None):
                 self._forget_thrown_away(param)
-        if self._reads():
-            self._current[self.watched[param]].append(self._passing.pop(leaf))
+        group = self.watched.get(param)  # None once detached
+        if group is not None and self._reads():
+            self._current[group].append(self._passing.pop(leaf))
         self._brought.add(param)
 
     def _forget_thrown_away(self, newest: Tensor) -> None:
@@ -232,10 +239,11 @@ class BackwardPasses:
         Variable._execution_engine.queue_callback(self._end)
 
     def _end(self) -> None:
-        if self._overtaken == self._task:
-            self.num_overtaken += not self._unread
-            self._unread = True
-        if self._reads() and not self.see_more():
+        reads, overtaken = self._reads(), self._overtaken == self._task
+        if overtaken:
+            self.num_overtaken += not self.is_overtaken
+            self.is_overtaken = True
+        if reads and not self.see_more() and not overtaken:
             self.norms.append(torch.stack([self._joined(norms) for norms in self._current]))
         else:
             self.norms.append(unknown_norms(self._num_groups, self._device))
@@ -253,6 +261,10 @@ class BackwardPasses:
 
 def _before_forward(module: nn.Module, hook: Callable[[nn.Module, Any], None]) -> Sequence[Any]:
     return (module.register_forward_pre_hook(hook),)
+
+
+def _no() -> bool:
+    return False
 
 
 def _refuse_nested_backward() -> None:

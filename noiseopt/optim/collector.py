@@ -131,6 +131,7 @@ class GradientCollector:
         Raises:
             RuntimeError: the ranks' gradients differ, or the window mixes kinds of gradients.
         """
+        self._put_off.refuse_spoiled()
         if self._external is not None:
             self._put_off.refuse_left_behind()
             return self._external.take(groups)

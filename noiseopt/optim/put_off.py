@@ -84,7 +84,7 @@ class PutOff:
             RuntimeError: some are not: whatever averaged them, they are not in the window's mean.
                 Or there are others, of a micro-batch that raised.
         """
-        self._refuse_spoiled()
+        self.refuse_spoiled()
         lost = sum(not slot.kept for slot in self._kept)
         if lost:
             raise RuntimeError(
@@ -117,13 +117,16 @@ class PutOff:
 
     @contextmanager
     def _forgotten_if_it_raises(self, slots: Sequence[Slot]) -> Iterator[None]:
-        """Have a micro-batch forgotten that raises; what FSDP2 has of it spoils the window."""
-        kept = [slot.mark for slot in slots]
+        """Have a micro-batch forgotten that raises; what FSDP2 has of it spoils the window.
+
+        It may have it of a block before, where a micro-batch has several.
+        """
+        has_some, kept = self.unstepped, [slot.mark for slot in slots]
         try:
             with forgotten_if_it_raises(self.forget):
                 yield
         except BaseException:
-            self._spoiled |= kept != [slot.mark for slot in slots]
+            self._spoiled |= has_some or kept != [slot.mark for slot in slots]
             raise
 
     def forget(self) -> None:
@@ -143,7 +146,6 @@ class PutOff:
         Raises:
             RuntimeError: it does.
         """
-        self._refuse_spoiled()
         if self._kept:
             raise _left_behind(len(self._kept))
 
@@ -173,13 +175,17 @@ class PutOff:
         """Forget the window."""
         self._kept, self._averaged, self._added_up, self._spoiled = [], 0, 1, False
 
-    def _refuse_spoiled(self) -> None:
+    def refuse_spoiled(self) -> None:
+        """Refuse to go on in a window of which a micro-batch raised.
+
+        Raises:
+            RuntimeError: FSDP2 has some of it.
+        """
         if self._spoiled:
             raise RuntimeError(
                 "a micro-batch raised inside optimizer.accumulate() after its backward had begun: "
-                "FSDP2 has added what it brought to the window's earlier micro-batches, and cannot "
-                "take it out again; go on from a checkpoint, or catch inside the block what may "
-                "raise after the backward"
+                "FSDP2 has added what it brought to the window, and cannot take it out again; go "
+                "on from a checkpoint, or catch inside the block what may raise after the backward"
             )
 
     @torch.no_grad()

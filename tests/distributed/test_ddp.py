@@ -457,10 +457,10 @@ def watched(messages):
     return handler
 
 
-def warnings_of(rank, same_data, same_randomness, dropout=0.5, steps=STEPS, rests=0):
+def warnings_of(rank, same_data, same_randomness, dropout=0.5, steps=STEPS, rests=0, since=0):
     """What is logged where ranks see the same data, or drop out the same units.
 
-    Every `rests`-th micro-batch drops out nothing.
+    Every `rests`-th micro-batch drops out nothing, nor do the first ones.
     """
     messages = []
     handler = watched(messages)
@@ -472,10 +472,29 @@ def warnings_of(rank, same_data, same_randomness, dropout=0.5, steps=STEPS, rest
     wrapped = DistributedDataParallel(net)
     batches = draw(steps) if same_data else part(draw(steps * RANKS), rank)
     for index, batch in enumerate(batches, start=1):
-        net[1].train(not rests or index % rests > 0)
+        net[1].train(index > since and (not rests or index % rests > 0))
         train(wrapped, optimizer, [batch])
     logging.getLogger("noiseopt").removeHandler(handler)
     return [message for message in messages if "ranks" in message and "noise advise" not in message]
+
+
+def hooked_on_one_rank(rank):
+    """Its loop puts hooks on parameters for each backward."""
+    messages = []
+    handler = watched(messages)
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(1))
+    wrapped = DistributedDataParallel(net)
+    for batch in part(draw(6 * RANKS), rank):
+        hooks = [p.register_hook(lambda grad: grad / 10) for p in net.parameters() if rank == 1]
+        loss_of(wrapped, batch).backward()
+        for hook in hooks:
+            hook.remove()
+        optimizer.step()
+        optimizer.zero_grad()
+    logging.getLogger("noiseopt").removeHandler(handler)
+    texts = [message for message in messages if "were added before a backward" in message]
+    return texts, [bool(window.norms.small_sq) for window in windows_of(optimizer)]
 
 
 def starts_that_differ(rank):
@@ -756,6 +775,10 @@ CASES = {
     "same dropout at times": functools.partial(
         warnings_of, same_data=False, same_randomness=True, steps=40, rests=5
     ),
+    "same dropout later": functools.partial(
+        warnings_of, same_data=False, same_randomness=True, steps=50, since=21
+    ),
+    "hooked on one rank": hooked_on_one_rank,
     "like data": functools.partial(
         warnings_of, same_data=True, same_randomness=False, dropout=0.01, steps=60
     ),
@@ -1051,9 +1074,16 @@ def test_ranks_that_drop_out_the_same_units_are_told_so_once(ranks):
     assert second == []
 
 
-def test_ranks_that_drop_out_the_same_units_at_times_are_told_so_once(ranks):
-    first, _ = result(ranks, "same dropout at times")
+@pytest.mark.parametrize("when", ["at times", "later"])
+def test_ranks_that_drop_out_the_same_units_at_times_are_told_so_once(ranks, when):
+    first, _ = result(ranks, f"same dropout {when}")
     assert ["same random numbers" in message for message in first] == [True]
+
+
+def test_hooks_that_are_added_for_each_backward_are_told_on_their_rank(ranks):
+    first, second = result(ranks, "hooked on one rank")
+    assert first == ([], [False] * 6)
+    assert (len(second[0]), second[1]) == (1, [False] * 6)
 
 
 def test_ranks_that_see_the_same_data_through_their_own_dropout_are_told_so_once(ranks):

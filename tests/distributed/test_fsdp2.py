@@ -558,6 +558,66 @@ def raised_before(rank):
     return weights_of(net)
 
 
+def raised_between_blocks(rank, window):
+    """The second block of a micro-batch raises before its backward; the first one's stays."""
+    net = shard(build())
+    optimizer = NoiseAwareSGD(net.parameters(), lr=0.1, noise=measured(window))
+    batches = part(draw(window * RANKS), rank)
+    loop(optimizer, net, batches[:-1])
+    with optimizer.accumulate(net):
+        loss_of(net, batches[-1]).backward()
+    with pytest.raises(ValueError, match="a bad sample"), optimizer.accumulate(net):
+        raise ValueError("a bad sample")
+    optimizer.zero_grad()
+    with (
+        pytest.raises(RuntimeError, match=r"raised inside optimizer\.accumulate"),
+        optimizer.accumulate(net),
+    ):
+        pass
+
+
+class Returning(nn.Module):
+    """A model that returns one of its parameters, on which FSDP2 puts a hook in each forward."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.scale = nn.Linear(6, 3), nn.Parameter(torch.ones(3))
+
+    def forward(self, inputs):
+        return self.layer(inputs), self.scale
+
+
+def returned_parameter(rank, accumulation):
+    net = fully_shard(Returning().double())
+    config = replace(measured(1), accumulation=accumulation)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=config)
+    for inputs, targets in part(draw(4 * RANKS), rank):
+        outputs, scale = net(inputs)
+        (outputs * scale - targets).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [bool(window.norms.small_sq) for window in windows_of(optimizer)]
+
+
+def hooked_on_one_rank(rank):
+    """Rank 0 puts a hook on what its forward uses, of which the other rank holds nothing."""
+    torch.manual_seed(0)
+    net = fully_shard(nn.Linear(6, 1, bias=False).double())
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(1))
+
+    def put(module, args):
+        if rank == 0:
+            module.weight.register_hook(lambda grad: grad)
+
+    net.register_forward_pre_hook(put)
+    for inputs, _ in part(draw(5 * RANKS), rank):
+        net(inputs).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [bool(window.norms.small_sq) for window in windows_of(optimizer)]
+
+
 def raised_after(rank, raises, accumulation="internal"):
     """Its gradient cannot be told from the window's; a state that is loaded begins it again."""
     net = shard(build())
@@ -582,11 +642,12 @@ def raised_after(rank, raises, accumulation="internal"):
         take(index)
     with pytest.raises(ValueError, match="a bad sample"):
         take(raises)
+    if raises == 5:  # whose backward leaves a gradient
+        with pytest.raises(RuntimeError, match=r"raised inside optimizer\.accumulate"):
+            optimizer.step()
     optimizer.zero_grad()
     with pytest.raises(RuntimeError, match=r"raised inside optimizer\.accumulate"):
         take(raises)
-    with pytest.raises(RuntimeError, match=r"raised inside optimizer\.accumulate|no gradient"):
-        optimizer.step()
     optimizer.load_state_dict(state)
     for index in range(6, 9):
         take(index)
@@ -812,6 +873,17 @@ CASES = {
     "left behind, external": functools.partial(left_behind, accumulation="external"),
     "raised before": raised_before,
     **{
+        f"raised between {window}": functools.partial(raised_between_blocks, window=window)
+        for window in (1, 2)
+    },
+    **{
+        f"returned, {accumulation}": functools.partial(
+            returned_parameter, accumulation=accumulation
+        )
+        for accumulation in ("internal", "external")
+    },
+    "hooked on one rank": hooked_on_one_rank,
+    **{
         f"raised in {raises}, {accumulation}": functools.partial(
             raised_after, raises=raises, accumulation=accumulation
         )
@@ -1004,6 +1076,17 @@ def test_a_micro_batch_that_raises_is_in_no_update(ranks, name):
     torch.testing.assert_close(first, weights_of(net), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("accumulation", ["internal", "external"])
+def test_hooks_that_fsdp2_puts_on_parameters_are_not_in_the_way(ranks, accumulation):
+    assert result(ranks, f"returned, {accumulation}") == [[True] * 4] * 2
+
+
+def test_hooks_of_one_rank_leave_the_others_collectives_as_they_are(ranks):
+    first, second = result(ranks, "hooked on one rank")
+    assert first == second
+    assert first[0] is False
+
+
 def test_losses_with_blocks_of_their_own_are_added_up(ranks):
     first, second = result(ranks, "two parts")
     assert_agreed(first, second)
@@ -1159,6 +1242,8 @@ def test_parameters_beside_the_sharded_ones_may_be_averaged_by_hand(ranks):
         "root forgotten",
         "left behind",
         "left behind, external",
+        "raised between 1",
+        "raised between 2",
         "left by few",
         "no last backward",
         "thrown away in part",

@@ -82,6 +82,19 @@ def test_hooks_that_are_added_for_each_backward_are_told(param, caplog):
     assert caplog.text.count("were added before a backward") == 1
 
 
+def test_hooks_that_were_added_in_few_windows_are_not(param, caplog):
+    trained(param, adds_hook=lambda window: True, windows=2)
+    assert "were added before" not in caplog.text
+
+
+def test_hooks_that_were_taken_down_by_hand_are_put_up_again(param):
+    local = LocalNorms([[param]])
+    param._backward_hooks.clear()
+    local.open_window()
+    param.sum().backward()
+    assert local.take([[param]], 1).tolist() == [[4.0]]
+
+
 def test_hooks_that_are_added_once_cost_a_window(param, caplog):
     found = trained(param, adds_hook=lambda window: window == 0)
     assert found[0] == ()
@@ -89,17 +102,20 @@ def test_hooks_that_are_added_once_cost_a_window(param, caplog):
     assert "were added before" not in caplog.text
 
 
+def measuring(params, kind):
+    if kind == "watched":
+        optimizer = torch.optim.SGD(params, lr=0.1)
+        NoiseMonitor(optimizer)
+        return optimizer
+    return NoiseAwareSGD(params, lr=0.1, noise=NoiseConfig(accumulation=kind))
+
+
 @pytest.mark.parametrize("accumulation", ["internal", "external", "watched"])
 def test_an_optimizer_that_is_dropped_leaves_its_parameters_to_be_freed(accumulation):
     gc.collect()
     before = len(_standing)
     model = torch.nn.Linear(3, 3)
-    if accumulation == "watched":
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        NoiseMonitor(optimizer)
-    else:
-        config = NoiseConfig(accumulation=accumulation)
-        optimizer = NoiseAwareSGD(model.parameters(), lr=0.1, noise=config)
+    optimizer = measuring(model.parameters(), accumulation)
     for _ in range(3):
         model(torch.ones(2, 3)).sum().backward()
         optimizer.step()
@@ -110,3 +126,30 @@ def test_an_optimizer_that_is_dropped_leaves_its_parameters_to_be_freed(accumula
     gc.collect()
     assert weight() is None
     assert len(_standing) == before
+
+
+@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize("kind", ["external", "watched"])
+def test_an_optimizer_may_be_freed_while_the_backward_of_another_runs(kind, at):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    params = list(model.parameters())
+    freed = []
+
+    def free(grad):
+        if not freed:
+            freed.append(gc.collect())
+
+    gc.collect()
+    gc.disable()  # what is dropped stays until the hook asks
+    try:
+        for hooked in (False, True):
+            if hooked:
+                params[at].register_hook(free)
+            optimizer = measuring(params, kind)
+            for _ in range(2):
+                model(torch.ones(2, 4)).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    finally:
+        gc.enable()
+    assert freed[0] > 0
