@@ -6,7 +6,6 @@ They stay up where nothing is to be read: to put one up takes ten times as long 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import takewhile
 from typing import Any
 
 from torch import Tensor
@@ -63,13 +62,15 @@ class Hooks:
 def stands_last(handle: Any) -> bool:
     """Whether no hook stands behind this one but those that only read."""
     hooks, own = handle.hooks_dict_ref(), handle.id
-    if not hooks or own not in hooks:
+    if not hooks:
         return False
     if next(reversed(hooks)) == own:
         return True
-    all_hooks = list(hooks.items())[::-1]  # a copy: a collector may take some down meanwhile
-    behind = takewhile(lambda pair: pair[0] != own, all_hooks)
-    return all(key in _standing or _is_torchs(hook) for key, hook in behind)
+    ids = list(hooks)  # a collector may take some down meanwhile
+    if own not in ids:
+        return False
+    behind = ids[ids.index(own) + 1 :]
+    return all(other in _standing or _is_torchs(hooks.get(other)) for other in behind)
 
 
 def _is_torchs(hook: Any) -> bool:
