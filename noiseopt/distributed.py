@@ -28,7 +28,7 @@ from noiseopt.capture import (
 )
 
 TIMED_OUT = ("imed out", "imeout")  # in gloo's errors
-PATIENCE = 5.0  # seconds within which the time of all that wait is over
+PATIENCE = 10.0  # seconds within which the time of all that wait is over
 BUCKET_BYTES = 25 * 2**20
 DIGESTS = 2**16  # so few that sums of their squares show the least difference in fp64
 
