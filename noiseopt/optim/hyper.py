@@ -43,7 +43,7 @@ def overridden(groups: Sequence[Group], values: Sequence[Group]) -> Iterator[Non
 def settings_of(optimizer: Optimizer) -> dict[str, object]:
     """The groups' hyper-parameters, as far as looking at them waits for no device."""
     return {
-        f"{name} of group {index}": float(value) if isinstance(value, Tensor) else value
+        f"{name} of group {index}": _plain(value)
         for index, group in enumerate(optimizer.param_groups)
         for name, value in group.items()
         if name in optimizer.defaults and _is_plain(value)
@@ -59,9 +59,17 @@ def values_from(settings: Mapping[str, object], groups: Sequence[Group]) -> list
 
 
 def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
     if isinstance(value, Tensor):
         return value.is_cpu and value.numel() == 1
-    return isinstance(value, int | float | tuple)
+    return isinstance(value, int | float)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    return float(value) if isinstance(value, Tensor) else value
 
 
 def has_moments(optimizer_class: type[Optimizer]) -> bool:

@@ -545,7 +545,13 @@ LATE = 33  # a window whose sums are not waited for
 def parts_later(rank, part_with):
     """One rank alone changes something in mid-run; where and how that is told."""
     net = build()
-    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=NoiseConfig(mode="advise"))
+    optimizer = NoiseAwareAdamW(
+        net.parameters(),
+        lr=LR,
+        betas=(torch.tensor(0.9), torch.tensor(0.999)),
+        foreach=False,  # which takes no such betas
+        noise=NoiseConfig(mode="advise"),
+    )
     wrapped = DistributedDataParallel(net)
 
     def losses():
@@ -559,6 +565,12 @@ def parts_later(rank, part_with):
 
 def rate_for_an_update(optimizer, index):
     optimizer.param_groups[0]["lr"] = LR * 2 if index == LATE else LR
+
+
+def beta_in_place(optimizer, index):
+    """By less than a tensor is printed with."""
+    if index == LATE:
+        optimizer.param_groups[0]["betas"][0].mul_(1 + 1e-6)
 
 
 def state_of_decisions(optimizer, index):
@@ -785,6 +797,7 @@ CASES = {
     "starts": starts_that_differ,
     "rates": rates_that_differ,
     "rate in mid-run": functools.partial(parts_later, part_with=rate_for_an_update),
+    "beta in mid-run": functools.partial(parts_later, part_with=beta_in_place),
     "state in mid-run": functools.partial(parts_later, part_with=state_of_decisions),
     "join": functools.partial(inside_join, again=False),
     "join, wrapped anew": functools.partial(inside_join, again=True),
@@ -1111,6 +1124,10 @@ def test_ranks_that_part_in_mid_run_stop_an_update_later_and_say_what_differs(ra
     for updates, message in result(ranks, "rate in mid-run"):
         assert updates == LATE
         assert "lr of group 0: [0.01, 0.02]" in message
+    for updates, message in result(ranks, "beta in mid-run"):
+        assert updates == LATE
+        assert "betas of group 0: [(0.8999999" in message
+        assert "0.9000008" in message
     for updates, message in result(ranks, "state in mid-run"):
         assert updates >= LATE
         assert "noise_ratio: [" in message
