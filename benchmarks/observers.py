@@ -8,8 +8,9 @@ to a decision, are observed and not observed in turn, in an order drawn anew for
 
 share: time spent in an observer's calls over the time of all steps of the observed blocks, the
     observers' own left out. This is what training waits for.
-ratio: the time of the median observed block over that of the median other one, with a bootstrap
-    interval of 95 %. It holds what runs beside training, too: wandb's and TensorBoard's threads.
+ratio: the time of an observed block over that of the other one of its pair: the median over pairs,
+    with a bootstrap interval of 95 %. It holds what runs beside training, too: wandb's and
+    TensorBoard's threads.
     "control" is the same between the unobserved blocks and others of their kind.
 """
 
