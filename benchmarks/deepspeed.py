@@ -5,9 +5,8 @@
 
 Time of whole updates (forward, backward, step) of a byte-level GPT at each ZeRO stage, on two ranks
 of one thread each on this machine, over gloo, in fp32. Both engines clip at the same norm and run
-torch's AdamW. How arms take turns, and what is reported, is as in benchmarks/ranks.py: the median
-over rounds of the ratio to the plain engine, with a bootstrap interval of 95 %; the arm "plain,
-again" is the control.
+torch's AdamW. How arms take turns, and what is reported, is as in benchmarks/ranks.py: the ratio to
+the plain engine, with a bootstrap interval of 95 %; the arm "plain, again" is the control.
 """
 
 import argparse

@@ -8,12 +8,13 @@ Ranks are processes of one thread each on this machine, over gloo.
 cost: time of whole updates (forward, backward, step) of a byte-level GPT on two ranks. Arms take
     their updates in turn, in an order that is drawn anew for each, a barrier before each; an update
     lasts until the slower rank is done. A round holds a decision of our arms, and as many windows
-    that are measured as a long run has: the first ones, which all are, are left out. Reported is
-    the median over rounds of the ratio to the plain loop in the same round, since the machine's
-    speed changes between rounds, with a bootstrap interval of 95 % over rounds; the arm "plain,
-    again" is the control: nothing smaller than its distance from 1 is resolved. "ours, row not
-    sent" is what is left if the row's all-reduce took no time at all: a bound on what overlapping
-    it, or sending it more rarely, could gain.
+    that are measured as a long run has: the first ones, which all are, are left out. The machine's
+    speed changes meanwhile, so each update is compared with the plain loop's beside it. Reported is
+    the median of that ratio over rounds, mean over the places in a round (of which one has the
+    decision), with a bootstrap interval of 95 % over rounds; the arm "plain, again" is the control:
+    nothing smaller than its distance from 1 is resolved. "ours, row not sent" is what is left if
+    the row's all-reduce took no time at all: a bound on what overlapping it, or sending it more
+    rarely, could gain.
 share: where our updates spend their time when all are measured, each part without those inside it.
     The row's all-reduce includes waiting for the other rank. In rounds of their own, since watching
     takes time too.
@@ -359,14 +360,13 @@ class Cost:
 
 def costs(wrapping: str, size: Size, window: int, found: Sequence[Times]) -> list[Cost]:
     """The records of one comparison, from the times of all ranks."""
-    rounds = {name: rounds_of([times[name] for times in found], size.block) for name in found[0]}
-    reference = rounds[REFERENCE]
+    block, updates = size.block, {n: updates_of([times[n] for times in found]) for n in found[0]}
     records = []
-    for name, ours in rounds.items():
-        (wall, cpu), (wall_ratio, cpu_ratio) = zip(
-            *((statistics.median(a), ratio(a, b)) for a, b in zip(ours, reference, strict=True)),
-            strict=True,
-        )
+    for name, ours in updates.items():
+        rounds = len(ours[0]) // block
+        wall, cpu = (median_round(seconds, block) for seconds in ours)
+        pairs = zip(ours, updates[REFERENCE], strict=True)
+        wall_ratio, cpu_ratio = (ratio(a, b, block) for a, b in pairs)
         target = TARGET if name in (OURS, ACCUMULATING) else None
         records.append(
             Cost(
@@ -378,13 +378,13 @@ def costs(wrapping: str, size: Size, window: int, found: Sequence[Times]) -> lis
                 micro_batch=size.batch,
                 ranks=len(found),
                 arm=name,
-                rounds=len(ours[0]),
+                rounds=rounds,
                 wall_ms=round(1e3 * wall, 4),
                 cpu_ms=round(1e3 * cpu, 4),
                 wall=wall_ratio,
                 cpu=cpu_ratio,
                 target=target,
-                holds=target and verdict(wall_ratio, target, len(ours[0])),
+                holds=target and verdict(wall_ratio, target, rounds),
             )
         )
     return records
@@ -395,26 +395,34 @@ def count(shape: Shape) -> int:
         return sum(p.numel() for p in GPT(shape).parameters())
 
 
-def rounds_of(
-    ranks: Sequence[Sequence[tuple[float, float]]], block: int
-) -> tuple[list[float], list[float]]:
-    """Mean seconds of an update in each round: of the slower rank, and of all ranks' CPUs."""
+def updates_of(ranks: Sequence[Sequence[tuple[float, float]]]) -> tuple[list[float], list[float]]:
+    """Seconds of each update: of the slower rank, and of all ranks' CPUs."""
     updates = list(zip(*ranks, strict=True))
     wall = [max(wall for wall, _ in update) for update in updates]
     cpu = [sum(cpu for _, cpu in update) for update in updates]
-    starts = range(0, len(updates), block)
-    wall_means, cpu_means = (
-        [statistics.fmean(values[at : at + block]) for at in starts] for values in (wall, cpu)
-    )
-    return wall_means, cpu_means
+    return wall, cpu
 
 
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, ...]:
-    """The median of the rounds' ratios between the ends of its interval."""
-    draw, each = random.Random(0), [a / b for a, b in zip(ours, theirs, strict=True)]
-    again = sorted(statistics.median(draw.choices(each, k=len(each))) for _ in range(RESAMPLES))
+def in_rounds(values: Sequence[float], block: int) -> list[Sequence[float]]:
+    return [values[at : at + block] for at in range(0, len(values), block)]
+
+
+def median_round(seconds: Sequence[float], block: int) -> float:
+    """Seconds of an update in the median round."""
+    return statistics.median(map(statistics.fmean, in_rounds(seconds, block)))
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float], block: int = 1) -> tuple[float, ...]:
+    """The ratio of values, each to the one beside it, between the ends of its interval."""
+    rounds = in_rounds([a / b for a, b in zip(ours, theirs, strict=True)], block)
+
+    def of(sample: Sequence[Sequence[float]]) -> float:
+        return statistics.fmean(map(statistics.median, zip(*sample, strict=True)))
+
+    draw = random.Random(0)
+    again = sorted(of(draw.choices(rounds, k=len(rounds))) for _ in range(RESAMPLES))
     low, high = again[round(0.025 * RESAMPLES)], again[round(0.975 * RESAMPLES) - 1]
-    return tuple(round(value, 4) for value in (low, statistics.median(each), high))
+    return tuple(round(value, 4) for value in (low, of(rounds), high))
 
 
 def verdict(interval: Sequence[float], target: float, rounds: int) -> str:

@@ -31,16 +31,11 @@ def test_every_stage_has_every_arm_and_its_control(results):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_ratios_are_those_of_the_times(results):
-    plain = {c.wrapping: c for c in results if c.arm == bench.REFERENCE}
+def test_every_arm_is_compared_with_the_plain_engine(results):
     for c in results:
-        reference = plain[c.wrapping]
-        for ratio, ours, theirs in (
-            (c.wall, c.wall_ms, reference.wall_ms),
-            (c.cpu, c.cpu_ms, reference.cpu_ms),
-        ):
-            assert ratio[0] <= ratio[1] <= ratio[2]
-            assert ratio[1] == pytest.approx(ours / theirs, abs=1e-3)
+        for ratio in (c.wall, c.cpu):
+            assert 0 < ratio[0] <= ratio[1] <= ratio[2]
+            assert ratio == (1, 1, 1) or c.arm != bench.REFERENCE
         assert c.target == (ranks.TARGET if c.arm == bench.OURS else None)
         assert c.holds == (c.target and "too few rounds")
 
