@@ -33,7 +33,10 @@ TOLERANCE = 1e-12  # of the relative variance of the mean gradient's squared nor
 SAME = 1e-14  # what rounding leaves of the relative variance of equal numbers
 TINY = 1e-30  # a squared norm; of smaller ones squares in fp32 may be zero
 WINDOWS_AT_ONCE = 20  # of a run's first; mistakes in a loop show there
-DRAWS_SEEN_EVERY = 8  # windows, after those: to read the random state takes a while
+# After those the random state, which takes a while to read, is looked at in two of so many windows.
+# Their distances have no common divisor: what draws once in some windows, as a data loader does in
+# each epoch, is not met in three of them in a row.
+DRAWS_SEEN_IN, DRAWS_CYCLE = (7, 15), 15
 CHECKS = 4  # numbers that show whether ranks go together
 CPU = torch.device("cpu")
 
@@ -228,12 +231,14 @@ class Agreement:
         return torch.tensor([*row, *plain, *squares, *rest], dtype=torch.float64, device=CPU)
 
     def _drawn(self, device: torch.device) -> float:
-        """A digest of the random state, if some number was drawn since the last look; else 0."""
-        if self._windows >= WINDOWS_AT_ONCE and self._windows % DRAWS_SEEN_EVERY:
+        """A digest of the random state, if some number was drawn since the last window; else 0."""
+        place = self._windows % DRAWS_CYCLE or DRAWS_CYCLE
+        looks = self._windows < WINDOWS_AT_ONCE or place in DRAWS_SEEN_IN
+        if not looks and place + 1 not in DRAWS_SEEN_IN:
             return math.nan
         now = _random_state(device)
         drawn, self._random = now if self._random not in (None, now) else 0, now
-        return drawn
+        return drawn if looks else math.nan
 
     def _plain_grads(self) -> list[Tensor]:
         return [grad for param in self._plain if (grad := param.grad) is not None]

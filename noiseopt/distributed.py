@@ -30,6 +30,7 @@ from noiseopt.capture import (
 TIMED_OUT = ("imed out", "imeout")  # in gloo's errors
 PATIENCE = 10.0  # seconds within which the time of all that wait is over
 BUCKET_BYTES = 25 * 2**20
+TINY_SQUARE = 1e-290  # of smaller ones digits are lost
 DIGESTS = 2**16  # so few that sums of their squares show the least difference in fp64
 
 # torch's own, which have no types.
@@ -246,5 +247,9 @@ def digest(facts: object) -> int:
 
 
 def spread(total: float, total_sq: float, ranks: int) -> float:
-    """The relative variance over ranks of a number, from the sums of it and of its square."""
-    return (ranks * total_sq - total * total) / (total * total) if total else 0.0
+    """The relative variance over ranks of a number, from the sums of it and of its square.
+
+    0 where squares are too small to tell.
+    """
+    square = total * total
+    return 0.0 if square < TINY_SQUARE else (ranks * total_sq - square) / square

@@ -21,6 +21,7 @@ from noiseopt.integrations.deepspeed.loop import LoopWatch
 from noiseopt.integrations.deepspeed.section import Settings
 from noiseopt.integrations.deepspeed.window import EngineWindow
 from noiseopt.integrations.deepspeed.wrappers import wrapper_of
+from noiseopt.optim.hyper import settings_of
 from noiseopt.readings import NoiseReadings
 from noiseopt.words import describe
 
@@ -56,7 +57,7 @@ class EngineNoise(NoiseReadings):
         rule = settings.rate_rule or ("sgd" if sgd else "adam")
         names = group_names(self._wrapper.basic.param_groups)
         self._adaptation = Adaptation(settings.config, rule, names, ranks)
-        self._adaptation.settings = self._hyper_parameters
+        self._adaptation.settings = lambda: settings_of(self._wrapper.basic)
         self._leaves = LeafNorms(self._groups, device, self._wrapper.spends_grad)
         self._control = EngineControl(engine, self._wrapper, settings)
         self._loop = LoopWatch(engine, self._leaves, self._control)
@@ -256,14 +257,6 @@ class EngineNoise(NoiseReadings):
                 "it says nothing)",
                 self.config.max_norm,
             )
-
-    def _hyper_parameters(self) -> dict[str, object]:
-        return {
-            f"{name} of group {index}": value
-            for index, group in enumerate(self._wrapper.param_groups)
-            for name, value in group.items()
-            if isinstance(value, int | float | tuple)
-        }
 
     def _user_lr(self) -> float:
         return max(float(group["lr"]) for group in self._wrapper.param_groups)

@@ -13,8 +13,8 @@ from torch import Tensor
 Put = Callable[[], Sequence[Any]]
 
 
-# Whose hooks bring modules and gradients together, and return these as they came.
-TORCHS_OWN = "torch.distributed."
+# Whose hooks wait for a backward, and return gradients as they came.
+TORCHS_OWN = "torch.distributed.fsdp."
 _standing: set[int] = set()  # the ids of all hooks of ours
 
 

@@ -141,7 +141,9 @@ def _squared_norm(grads: Sequence[Tensor], device: torch.device) -> Tensor:
 def _plain(grad: Tensor) -> Tensor:
     if grad.layout != torch.strided:
         grad = grad.coalesce().values()
-    return torch.view_as_real(grad) if grad.is_complex() else grad
+    if not grad.is_complex():
+        return grad
+    return torch.view_as_real(grad.conj() if grad.is_conj() else grad)  # of the same norm
 
 
 def _sum_cpu(grads: Sequence[Tensor]) -> float:

@@ -220,9 +220,8 @@ class BackwardPasses:
             # What FSDP2 keeps for a later pass is none of what was thrown away.
             if self._starts_anew or (leaf is not param and self._stood and param.grad is None):
                 self._forget_thrown_away(param)
-        group = self.watched.get(param)  # None once detached
-        if group is not None and self._reads():
-            self._current[group].append(self._passing.pop(leaf))
+        if self._reads():
+            self._current[self.watched[param]].append(self._passing.pop(leaf))
         self._brought.add(param)
 
     def _forget_thrown_away(self, newest: Tensor) -> None:
@@ -231,6 +230,8 @@ class BackwardPasses:
             return
         if self._skips():
             self.skip(len(self))
+        if self.is_overtaken:
+            self.num_overtaken, self.is_overtaken = self.num_overtaken - 1, False
         self.norms = []
         self._brought.clear()
 

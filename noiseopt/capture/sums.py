@@ -142,6 +142,7 @@ def scale_all(tensors: Sequence[Tensor], factor: Tensor | float) -> None:
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for tensor in map(local, tensors):
         if tensor.layout == torch.strided:
+            tensor = tensor.conj() if tensor.is_conj() else tensor  # the same memory
             by_kind[tensor.device, torch.promote_types(tensor.dtype, torch.float32)].append(tensor)
         else:
             tensor.mul_(float(factor))
@@ -158,7 +159,13 @@ def is_narrow(groups: Groups) -> bool:
 
 
 def pairs_of(groups: Groups) -> list[tuple[Tensor, Tensor]]:
-    """The parameters that have a gradient, each with the part of it that is held here."""
+    """The parameters that have a gradient, each with the part of it that is held here.
+
+    Conjugated ones are written out as they read: kernels that work in place ask for that.
+    """
+    for param in (param for group in groups for param in group):
+        if param.is_complex() and param.grad is not None and param.grad.is_conj():
+            param.grad = param.grad.resolve_conj()
     return [(p, local(grad)) for group in groups for p in group if (grad := p.grad) is not None]
 
 

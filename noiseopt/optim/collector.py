@@ -162,6 +162,7 @@ class GradientCollector:
         Raises:
             RuntimeError: the window's gradients are still in FSDP2's hands.
         """
+        self._put_off.refuse_spoiled()
         self.go_on_unstepped(groups)
         if self._own.always:
             done = False

@@ -51,15 +51,25 @@ def settings_of(optimizer: Optimizer) -> dict[str, object]:
 
 
 def values_from(settings: Mapping[str, object], groups: Sequence[Group]) -> list[Group]:
-    """What `settings_of` another rank's optimizer says of each group."""
+    """What `settings_of` another rank's optimizer says of each group, tensors where it has them."""
     return [
-        {name: settings[key] for name in group if (key := f"{name} of group {index}") in settings}
+        {
+            name: _like(own, settings[key])
+            for name, own in group.items()
+            if (key := f"{name} of group {index}") in settings
+        }
         for index, group in enumerate(groups)
     ]
 
 
+def _like(own: Any, value: Any) -> Any:
+    if isinstance(own, tuple | list):
+        return tuple(map(_like, own, value))
+    return torch.full_like(own, value) if isinstance(own, Tensor) else value
+
+
 def _is_plain(value: object) -> bool:
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return all(map(_is_plain, value))
     if isinstance(value, Tensor):
         return value.is_cpu and value.numel() == 1
@@ -67,9 +77,10 @@ def _is_plain(value: object) -> bool:
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return tuple(map(_plain, value))
-    return float(value) if isinstance(value, Tensor) else value
+    # 1 and 1.0 are the same, and are to look the same.
+    return value if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
 
 
 def has_moments(optimizer_class: type[Optimizer]) -> bool:

@@ -119,9 +119,11 @@ class PutOff:
     def _forgotten_if_it_raises(self, slots: Sequence[Slot]) -> Iterator[None]:
         """Have a micro-batch forgotten that raises; what FSDP2 has of it spoils the window.
 
-        It may have it of a block before, where a micro-batch has several.
+        It may have it of a block before, where a micro-batch has several; not in windows of one,
+        where that is in `p.grad`, for the loop to zero.
         """
-        has_some, kept = self.unstepped, [slot.mark for slot in slots]
+        has_some = self.unstepped and self._adaptation.steps > 1
+        kept = [slot.mark for slot in slots]
         try:
             with forgotten_if_it_raises(self.forget):
                 yield
@@ -184,8 +186,9 @@ class PutOff:
         if self._spoiled:
             raise RuntimeError(
                 "a micro-batch raised inside optimizer.accumulate() after its backward had begun: "
-                "FSDP2 has added what it brought to the window, and cannot take it out again; go "
-                "on from a checkpoint, or catch inside the block what may raise after the backward"
+                "FSDP2 has added what it brought to the window, and cannot take it out again; "
+                "call zero_grad() and go on from a checkpoint, or catch inside the block what may "
+                "raise after the backward"
             )
 
     @torch.no_grad()

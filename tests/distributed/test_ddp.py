@@ -20,6 +20,7 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from noiseopt import NoiseAwareAdamW, NoiseConfig, NoiseMonitor
 from tests.distributed.ranks import (
@@ -478,6 +479,22 @@ def warnings_of(rank, same_data, same_randomness, dropout=0.5, steps=STEPS, rest
     return [message for message in messages if "ranks" in message and "noise advise" not in message]
 
 
+def epochs(rank, updates):
+    """Ranks seeded alike, whose data loaders draw a number at the start of each epoch."""
+    messages = []
+    handler = watched(messages)
+    torch.manual_seed(0)
+    net = build()
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(1))
+    wrapped = DistributedDataParallel(net)
+    for index, batch in enumerate(part(draw(64 * RANKS), rank)):
+        if index % updates == 0:
+            iter(DataLoader([0]))
+        train(wrapped, optimizer, [batch])
+    logging.getLogger("noiseopt").removeHandler(handler)
+    return [message for message in messages if "random" in message]
+
+
 def hooked_on_one_rank(rank):
     """Its loop puts hooks on parameters for each backward."""
     messages = []
@@ -548,7 +565,7 @@ def parts_later(rank, part_with):
     optimizer = NoiseAwareAdamW(
         net.parameters(),
         lr=LR,
-        betas=(torch.tensor(0.9), torch.tensor(0.999)),
+        betas=[torch.tensor(0.9), torch.tensor(0.999)],
         foreach=False,  # which takes no such betas
         noise=NoiseConfig(mode="advise"),
     )
@@ -750,6 +767,8 @@ def wrapped_in_two_groups(rank):
     return str(caught.value)
 
 
+EPOCHS = (2, 4, 7, 8, 15)
+
 CASES = {
     **{f"{way} {steps}": functools.partial(wrapped_run, steps=steps, **kwargs)
        for way, kwargs in WAYS.items() for steps in (1, 3)},
@@ -790,6 +809,7 @@ CASES = {
     "same dropout later": functools.partial(
         warnings_of, same_data=False, same_randomness=True, steps=50, since=21
     ),
+    **{f"epochs of {n}": functools.partial(epochs, updates=n) for n in EPOCHS},
     "hooked on one rank": hooked_on_one_rank,
     "like data": functools.partial(
         warnings_of, same_data=True, same_randomness=False, dropout=0.01, steps=60
@@ -1091,6 +1111,11 @@ def test_ranks_that_drop_out_the_same_units_are_told_so_once(ranks):
 def test_ranks_that_drop_out_the_same_units_at_times_are_told_so_once(ranks, when):
     first, _ = result(ranks, f"same dropout {when}")
     assert ["same random numbers" in message for message in first] == [True]
+
+
+@pytest.mark.parametrize("updates", EPOCHS)
+def test_what_a_data_loader_draws_is_no_dropout(ranks, updates):
+    assert result(ranks, f"epochs of {updates}") == [[], []]
 
 
 def test_hooks_that_are_added_for_each_backward_are_told_on_their_rank(ranks):

@@ -337,6 +337,15 @@ def differing(rank):
         step(engine, batches_of(1, rank)[0])
 
 
+def differing_betas(rank):
+    """As JSON has them, in a list."""
+    engines.set_up(rank)
+    config = config_of(optimizer={"params": {"betas": [0.9, 0.99 + 0.005 * rank]}})
+    with engine_of(config) as engine, pytest.raises(RuntimeError, match="disagree") as caught:
+        step(engine, batches_of(1, rank)[0])
+    return str(caught.value)
+
+
 # ------------------------------------------------------------------ nothing is changed by watching
 
 
@@ -591,6 +600,7 @@ CASES = {
     "thrown away": (thrown_away, {"stage": 0}),
     "counted": (counted, {}),
     "differing": (differing, {}),
+    "differing betas": (differing_betas, {}),
     **{f"advised {s}": (advised, {"stage": s}) for s in STAGES},
     **{f"advised {s} bf16": (advised, {"stage": s, "bf16": True}) for s in STAGES},
     **{f"advised {loop}": (advised, {"stage": 0, "loop": loop}) for loop in LOOPS},
@@ -771,6 +781,8 @@ def test_samples_may_be_told(ranks):
 
 def test_ranks_with_other_settings_stop(ranks):
     result(ranks, "differing")
+    for message in result(ranks, "differing betas"):
+        assert "betas of group 0: [(0.9, 0.99), (0.9, 0.995)]" in message
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("advised")])

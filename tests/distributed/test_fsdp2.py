@@ -558,11 +558,43 @@ def raised_before(rank):
     return weights_of(net)
 
 
-def raised_between_blocks(rank, window):
+def raised_in_windows_of_one(rank):
+    """What a block before has left is in `p.grad`, for the loop to zero, as without us."""
+    net = shard(build())
+    optimizer = NoiseAwareSGD(net.parameters(), lr=0.1, noise=measured(1))
+    for index, batch in enumerate(part(draw(4 * RANKS), rank)):
+        if index == 1:  # a step is left out, as by a GradScaler, or the second block raises
+            with optimizer.accumulate(net):
+                loss_of(net, batch).backward()
+            with suppress(ValueError), optimizer.accumulate(net):
+                raise ValueError("a bad sample")
+        else:
+            with optimizer.accumulate(net):
+                loss_of(net, batch).backward()
+            optimizer.step()
+        optimizer.zero_grad()
+    return weights_of(net)
+
+
+def flushed_after_raising(rank):
+    """Its first micro-batch is outside, so that there is something to flush."""
+    net = shard(build())
+    optimizer = NoiseAwareSGD(net.parameters(), lr=0.1, noise=measured(3))
+    first, second = part(draw(2 * RANKS), rank)
+    train(net, optimizer, [first])
+    with suppress(ValueError), optimizer.accumulate(net):
+        loss_of(net, second).backward()
+        raise ValueError("a bad sample")
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match=r"raised inside optimizer\.accumulate"):
+        optimizer.flush()
+
+
+def raised_between_blocks(rank):
     """The second block of a micro-batch raises before its backward; the first one's stays."""
     net = shard(build())
-    optimizer = NoiseAwareSGD(net.parameters(), lr=0.1, noise=measured(window))
-    batches = part(draw(window * RANKS), rank)
+    optimizer = NoiseAwareSGD(net.parameters(), lr=0.1, noise=measured(2))
+    batches = part(draw(2 * RANKS), rank)
     loop(optimizer, net, batches[:-1])
     with optimizer.accumulate(net):
         loss_of(net, batches[-1]).backward()
@@ -872,10 +904,9 @@ CASES = {
     "left behind": left_behind,
     "left behind, external": functools.partial(left_behind, accumulation="external"),
     "raised before": raised_before,
-    **{
-        f"raised between {window}": functools.partial(raised_between_blocks, window=window)
-        for window in (1, 2)
-    },
+    "raised between blocks": raised_between_blocks,
+    "raises alone": raised_in_windows_of_one,
+    "flushed after raising": flushed_after_raising,
     **{
         f"returned, {accumulation}": functools.partial(
             returned_parameter, accumulation=accumulation
@@ -1076,6 +1107,17 @@ def test_a_micro_batch_that_raises_is_in_no_update(ranks, name):
     torch.testing.assert_close(first, weights_of(net), rtol=0, atol=1e-12)
 
 
+def test_a_block_that_raises_in_windows_of_one_spoils_nothing(ranks):
+    first, second = result(ranks, "raises alone")
+    assert torch.equal(first, second)
+    micro_batches = split_into(draw(4 * RANKS), [RANKS] * 4)
+    net = build()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    windows = [each for index, each in enumerate(micro_batches) if index != 1]
+    train(net, optimizer, windows, lambda net, window: sum(loss_of(net, b) for b in window) / 2)
+    torch.testing.assert_close(first, weights_of(net), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("accumulation", ["internal", "external"])
 def test_hooks_that_fsdp2_puts_on_parameters_are_not_in_the_way(ranks, accumulation):
     assert result(ranks, f"returned, {accumulation}") == [[True] * 4] * 2
@@ -1242,8 +1284,8 @@ def test_parameters_beside_the_sharded_ones_may_be_averaged_by_hand(ranks):
         "root forgotten",
         "left behind",
         "left behind, external",
-        "raised between 1",
-        "raised between 2",
+        "raised between blocks",
+        "flushed after raising",
         "left by few",
         "no last backward",
         "thrown away in part",

@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from noiseopt import NoiseAwareAdamW, NoiseAwareSGD, NoiseConfig, NoiseMonitor
-from noiseopt.distributed import Ranks
+from noiseopt.distributed import Ranks, spread
 from noiseopt.schedulers import NoiseAwareLR
 from tests.accelerator import Accelerator, OnDevice
 from tests.distributed.ranks import NEEDS_FSDP2, result, run_on_ranks
@@ -263,6 +263,11 @@ def test_models_side_by_side_decide_apart(ranks):
     assert first == same != second == also
     assert len(first) == 3
     assert {decision.ranks for decision in (*first, *second)} == {2}
+
+
+@pytest.mark.parametrize("norm", [0.0, 1e-170, 1e-158, 1e-146, 1e-20, 1.0, 1e20])
+def test_equal_numbers_have_no_spread_however_small_they_are(norm):
+    assert spread(3 * norm, 3 * norm**2, 3) < 1e-14
 
 
 def test_every_rank_of_a_mesh_is_told_what_differs(ranks):

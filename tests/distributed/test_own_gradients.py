@@ -212,10 +212,16 @@ def falling(optimizer):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
 
 
-def uneven_and_scheduled(rank):
+def uneven_and_scheduled(rank, number=float):
     """Each rank's schedule goes by its own micro-batches."""
     net = build()
-    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=fixed_local(2))
+    optimizer = NoiseAwareAdamW(
+        net.parameters(),
+        lr=number(LR),
+        betas=(number(0.9), number(0.999)),
+        foreach=False,
+        noise=fixed_local(2),
+    )
     schedule, wrapped = falling(optimizer), DistributedDataParallel(net)
     for batch in uneven_batches(rank):
         loop(optimizer, wrapped, [batch], counts=True)
@@ -701,6 +707,7 @@ CASES = {
     "uneven": uneven,
     "uneven sums": functools.partial(uneven, reduction="sum"),
     "uneven and scheduled": uneven_and_scheduled,
+    "uneven tensors": functools.partial(uneven_and_scheduled, number=torch.tensor),
     "uneven epochs": uneven_epochs,
     "uneven ones": functools.partial(uneven, steps=1),
     "no data": no_data,
@@ -932,6 +939,11 @@ def test_a_grad_scaler_that_skips_on_one_rank_leaves_out_that_alone(ranks, name,
         ]
         train(net, optimizer, [tuple(torch.cat(parts) for parts in zip(*left, strict=True))])
     torch.testing.assert_close(first["weights"], weights_of(net), rtol=0, atol=1e-5)
+
+
+def test_ranks_that_follow_settings_in_tensors_stay_alike(ranks):
+    first, second = result(ranks, "uneven tensors")
+    assert torch.equal(first["weights"], second["weights"])
 
 
 @pytest.mark.parametrize("before", [False, True])

@@ -9,7 +9,7 @@ import torch
 
 from noiseopt import NoiseAwareSGD, NoiseConfig, NoiseMonitor
 from noiseopt.capture import LocalNorms
-from noiseopt.capture.hooks import _standing
+from noiseopt.capture.hooks import _is_torchs, _standing
 
 
 @pytest.fixture
@@ -93,6 +93,37 @@ def test_hooks_that_were_taken_down_by_hand_are_put_up_again(param):
     local.open_window()
     param.sum().backward()
     assert local.take([[param]], 1).tolist() == [[4.0]]
+
+
+def test_a_hook_that_was_taken_down_beside_another_is_put_up_again(param):
+    local = LocalNorms([[param]])
+    param._backward_hooks.clear()
+    param.register_hook(lambda grad: 2 * grad)
+    local.open_window()
+    param.sum().backward()
+    assert local.take([[param]], 1).tolist() == [[16.0]]
+
+
+def test_a_pass_that_was_thrown_away_leaves_its_window_measured(param, caplog):
+    optimizer = torch.optim.SGD([param], lr=0.1)
+    monitor = NoiseMonitor(optimizer, NoiseConfig(mode="advise", decision_interval=1))
+    for _ in range(4):
+        hook = param.register_hook(lambda grad: grad)
+        param.sum().backward()
+        hook.remove()
+        optimizer.zero_grad()
+        (2 * param.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    windows = [window for decision in monitor.decisions for window in decision.windows]
+    assert [window.norms.small_sq for window in windows] == [(16.0,)] * 4
+    assert "were added before" not in caplog.text
+
+
+def test_a_hook_of_torch_distributed_that_edits_is_one_of_the_loops(param):
+    param.register_hook(torch.distributed.all_reduce)
+    (hook,) = param._backward_hooks.values()
+    assert not _is_torchs(hook)
 
 
 def test_hooks_that_are_added_once_cost_a_window(param, caplog):

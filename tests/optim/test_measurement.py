@@ -332,6 +332,31 @@ def test_complex_gradients_count_both_parts():
     assert norms.big_sq[0] == pytest.approx(20)
 
 
+@pytest.mark.parametrize("accumulation", ["internal", "external"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_gradients_that_are_conjugated_only_when_read(accumulation, steps):
+    """As autograd brings them of a loss of `param.conj()`."""
+    values = torch.tensor([3 + 4j, 1 - 2j, 2j])
+    param = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+    noise = every(steps, fixed, accumulation=accumulation, max_norm=math.inf)
+    optimizer = NoiseAwareSGD([param], lr=0.5, noise=noise)
+    external = accumulation == "external"
+    for factor in (1.0, 3.0)[:steps]:
+        loss = (param.conj() * values * factor).real.sum()
+        (loss / steps if external else loss).backward()
+        assert param.grad.is_conj()
+        if not external:
+            optimizer.step()
+            optimizer.zero_grad()
+    if external:
+        optimizer.step()
+    mean = (1.0, 2.0)[steps - 1]
+    torch.testing.assert_close(param.detach(), -0.5 * mean * values)
+    norms = window_of(optimizer).norms
+    assert norms.big_sq[0] == pytest.approx(34 * mean**2)
+    assert norms.small_sq[0] == pytest.approx(34 * (1.0, 5.0)[steps - 1])
+
+
 def test_reentrant_checkpointing_measures_the_same():
     """Norms are read at step(), whatever the backward did to its hooks."""
     windows = []
