@@ -225,6 +225,14 @@ class GradientCollector:
         self._window.leave_out(groups, samples, weight)
         return self._reduce(groups, late=True)[0] if closes else None
 
+    def refuse_thrown_away(self) -> None:
+        """Refuse to clear gradients of a micro-batch that is in the window's sum all the same.
+
+        Raises:
+            RuntimeError: it is, in FSDP2's hands.
+        """
+        self._put_off.refuse_thrown_away()
+
     def is_unstepped(self, groups: Groups) -> bool:
         """Whether the last micro-batch of `accumulate` was thrown away instead of stepped."""
         return self._own.is_unstepped(groups)

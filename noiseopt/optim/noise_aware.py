@@ -186,6 +186,16 @@ class NoiseAware(AppliesMeans):
                 windows += 1
         return windows > 0
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients, as torch's optimizers do.
+
+        Raises:
+            RuntimeError: that is to throw away a micro-batch of `accumulate` which FSDP2 keeps.
+        """
+        if self._adaptation:
+            self._collector.refuse_thrown_away()
+        super().zero_grad(set_to_none)
+
     # ------------------------------------------------------------------ the step
 
     @torch._disable_dynamo  # type: ignore[attr-defined]

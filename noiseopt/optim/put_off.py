@@ -151,6 +151,19 @@ class PutOff:
         if self._kept:
             raise _left_behind(len(self._kept))
 
+    def refuse_thrown_away(self) -> None:
+        """Refuse to have a micro-batch thrown away that FSDP2 keeps.
+
+        Raises:
+            RuntimeError: it does, together with the window's earlier ones.
+        """
+        if self.waits and self.unstepped and self._kept:
+            raise RuntimeError(
+                "zero_grad() without step() after a micro-batch inside optimizer.accumulate(): "
+                "FSDP2 keeps its gradient in the window's sum, out of which it cannot be taken; "
+                "skip a bad micro-batch before its backward, or leave optimizer.accumulate() out"
+            )
+
     def goes_on(self, groups: Groups) -> bool:
         """Whether the open window goes on, if no `step()` has followed its last micro-batch.
 

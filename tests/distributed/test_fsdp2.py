@@ -590,6 +590,21 @@ def flushed_after_raising(rank):
         optimizer.flush()
 
 
+def thrown_away_before_its_step(rank):
+    """As a loop leaves out a micro-batch whose loss is bad; FSDP2 has it in its sum."""
+    net = shard(build())
+    optimizer = NoiseAwareSGD(net.parameters(), lr=0.1, noise=measured(2))
+    first, second, third = part(draw(3 * RANKS), rank)
+    optimizer.zero_grad()
+    loop(optimizer, net, [first, second])
+    with optimizer.accumulate(net):
+        loss_of(net, third).backward()
+    with pytest.raises(RuntimeError, match=r"zero_grad\(\) without step"):
+        optimizer.zero_grad()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def raised_between_blocks(rank):
     """The second block of a micro-batch raises before its backward; the first one's stays."""
     net = shard(build())
@@ -905,6 +920,7 @@ CASES = {
     "left behind, external": functools.partial(left_behind, accumulation="external"),
     "raised before": raised_before,
     "raised between blocks": raised_between_blocks,
+    "thrown away before its step": thrown_away_before_its_step,
     "raises alone": raised_in_windows_of_one,
     "flushed after raising": flushed_after_raising,
     **{
@@ -1285,6 +1301,7 @@ def test_parameters_beside_the_sharded_ones_may_be_averaged_by_hand(ranks):
         "left behind",
         "left behind, external",
         "raised between blocks",
+        "thrown away before its step",
         "flushed after raising",
         "left by few",
         "no last backward",
