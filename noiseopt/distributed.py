@@ -6,6 +6,7 @@ that is a DTensor, which `capture.sharding` settles.
 """
 
 import logging
+import math
 import time
 import zlib
 from collections import defaultdict
@@ -249,7 +250,7 @@ def digest(facts: object) -> int:
 def spread(total: float, total_sq: float, ranks: int) -> float:
     """The relative variance over ranks of a number, from the sums of it and of its square.
 
-    0 where squares are too small to tell.
+    nan where squares are too small to tell.
     """
     square = total * total
-    return 0.0 if square < TINY_SQUARE else (ranks * total_sq - square) / square
+    return math.nan if square < TINY_SQUARE else (ranks * total_sq - square) / square

@@ -189,6 +189,9 @@ class NoiseAware(AppliesMeans):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, as torch's optimizers do.
 
+        Args:
+            set_to_none: as for torch.
+
         Raises:
             RuntimeError: that is to throw away a micro-batch of `accumulate` which FSDP2 keeps.
         """

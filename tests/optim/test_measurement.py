@@ -15,7 +15,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 from noiseopt import NoiseAwareAdamW, NoiseAwareSGD, NoiseConfig
-from noiseopt.capture import squared_norms
+from noiseopt.capture import scale_all, squared_norms
 from tests.optim.helpers import advise, build, difference, draw, fixed, loss_of, train
 
 STILL = 1e-30
@@ -355,6 +355,13 @@ def test_gradients_that_are_conjugated_only_when_read(accumulation, steps):
     norms = window_of(optimizer).norms
     assert norms.big_sq[0] == pytest.approx(34 * mean**2)
     assert norms.small_sq[0] == pytest.approx(34 * (1.0, 5.0)[steps - 1])
+
+
+def test_conjugated_tensors_are_scaled_in_place():
+    values = torch.tensor([3 + 4j, 1 - 2j])
+    scaled = values.clone().conj()
+    scale_all([scaled], 0.5)
+    torch.testing.assert_close(scaled, 0.5 * values.conj())
 
 
 def test_reentrant_checkpointing_measures_the_same():
