@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from noiseopt.capture import BackwardCapture
+from noiseopt.capture import BackwardCapture, BackwardPasses
 from noiseopt.distributed import Ranks
 
 logger = logging.getLogger("noiseopt")
@@ -26,7 +26,7 @@ class LoopChecks:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._told: set[str] = set()
-        self._short = 0
+        self._short = self._overtaken = 0
         self._compares_scales = True  # until one window was looked at
 
     def settle(
@@ -45,7 +45,7 @@ class LoopChecks:
             scale_is_told: whether the factor on its losses is known.
         """
         passes = capture.settle(groups)
-        self.see_hooks(capture.passes.num_overtaken)
+        self.see_hooks(capture.passes)
         if passes == 0:
             return
         if passes > len(capture):
@@ -69,19 +69,22 @@ class LoopChecks:
             f"micro-batch up and call backward() once, or, {remedy}",
         )
 
-    def see_hooks(self, overtaken: int) -> None:
-        """Warn of hooks that are added for each backward, and may change what was read.
-
-        Args:
-            overtaken: the windows so far in which such came after ours.
-        """
-        if overtaken >= OVERTAKEN and "hooks" not in self._told:
-            self._told.add("hooks")
-            # Other ranks' loops may not add any.
-            logger.warning(
-                f"in {overtaken} windows hooks on parameters were added before a backward, after "
+    def see_hooks(self, passes: BackwardPasses) -> None:
+        """Warn of hooks of the loop's that may have changed what was read in this window."""
+        if passes.is_edited:
+            self._warn_alone(
+                "edits",
+                "hooks of register_post_accumulate_grad_hook change p.grad: what a micro-batch "
+                "brings is then unknown, and such windows are not measured; change gradients in "
+                "hooks of register_hook, as they come",
+            )
+        self._overtaken += passes.is_overtaken
+        if self._overtaken == OVERTAKEN:
+            self._warn_alone(
+                "hooks",
+                f"in {OVERTAKEN} windows hooks on parameters were added before a backward, after "
                 "those that read gradients: they may change what was read, and such windows are "
-                "not measured; add them once, and leave them there"
+                "not measured; add them once, and leave them there",
             )
 
     def _see_length(self, passes: int, announced: int) -> None:
@@ -111,9 +114,18 @@ class LoopChecks:
             )
 
     def _warn(self, kind: str, text: str) -> None:
-        if kind not in self._told:
-            self._told.add(kind)
+        if self._is_news(kind):
             self._ranks.warn(text)
+
+    def _warn_alone(self, kind: str, text: str) -> None:
+        """Warn of what may be so on this rank only."""
+        if self._is_news(kind):
+            logger.warning(text)
+
+    def _is_news(self, kind: str) -> bool:
+        is_news = kind not in self._told
+        self._told.add(kind)
+        return is_news
 
 
 class StandstillCheck:

@@ -109,7 +109,7 @@ class NoiseMonitor(NoiseReadings):
             lambda: told.measures,
             lambda totals: told.summed_parts(totals),
         )
-        weakref.finalize(self, self._capture.detach)
+        self._capture.passes.end_with(self)
         self._checks = LoopChecks(ranks)
         self._micro_batches = 0
         self._closing: int | None = None  # the window's micro-batches, while the optimizer steps

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from noiseopt.capture.hooks import Hooks, taking_hooks
+from noiseopt.capture.edits import Edits
+from noiseopt.capture.hooks import Hooks, taking_hooks, weakly
 from noiseopt.capture.norms import Begun, begun_norm, joined_norm, moved, unknown_norms
 
 
@@ -29,6 +30,7 @@ class LeafNorms:
         factors: f_i of each backward, 0-d.
         strays: whether gradients came outside of `reading`, as by a direct `loss.backward()`.
         unread: whether a gradient came in parts, whose norms do not add, or past its hook.
+        edited: whether a hook of the loop's changed a gradient after it was read.
     """
 
     def __init__(
@@ -43,8 +45,8 @@ class LeafNorms:
         self._arrived: dict[Tensor, tuple[int, Begun]] = {}
         self.norms: list[Tensor] = []
         self.factors: list[Tensor] = []
-        self.strays = self.unread = False
-        self._hooks = Hooks()
+        self.strays = self.unread = self.edited = False
+        self._hooks, self._edits = Hooks(), Edits()
         self._unwatched = [(p, index) for index, params in enumerate(groups) for p in params]
         self._watch_unfrozen()
 
@@ -72,6 +74,7 @@ class LeafNorms:
         finally:
             handle.remove()
             self._inside = self._reads = False
+            self.edited |= self._edits.found()
         norms = unknown_norms(self._num_groups, self._device)
         if measured:
             norms = torch.stack([self._joined(index) for index in range(self._num_groups)])
@@ -93,7 +96,7 @@ class LeafNorms:
     def clear(self) -> None:
         """Start the next window."""
         self.norms, self.factors = [], []
-        self.strays = self.unread = False
+        self.strays = self.unread = self.edited = False
 
     def listen(self, wanted: bool) -> None:
         """Say whether the open window is measured, so that edits of gradients and strays matter."""
@@ -102,6 +105,7 @@ class LeafNorms:
     def detach(self) -> None:
         """Remove the hooks."""
         self._hooks.remove()
+        self._edits.hooks.remove()
 
     def _watch_unfrozen(self) -> None:
         """Watch what was frozen until now; ZeRO leaves what is frozen at first as it is."""
@@ -113,7 +117,7 @@ class LeafNorms:
     def _hook(self, param: Any, group: int) -> Sequence[Any]:
         with taking_hooks(param):
             reader = param.register_hook(self._reader(param, group))
-            return reader, param.register_post_accumulate_grad_hook(self._confirm)
+            return reader, param.register_post_accumulate_grad_hook(weakly(self._confirm))
 
     def _reader(self, param: Tensor, group: int) -> Callable[[Tensor], None]:
         def read(grad: Tensor) -> None:
@@ -125,6 +129,7 @@ class LeafNorms:
             # checkpoint.
             self.unread |= param in self._arrived
             self._arrived[param] = group, begun_norm(grad)
+            self._edits.watch(param)
 
         return read
 

@@ -148,11 +148,12 @@ class LoopWatch:
                 "of losses if there are several",
             )
             return False
-        if self._edited:
+        if self._edited or self._leaves.edited:
             self._tell_here(
                 "edited",
                 "gradients were edited between engine.backward() and engine.step(), as by "
-                "clip_grad_norm_ (also at inf, for the norm): such windows are not measured; to "
+                "clip_grad_norm_ (also at inf, for the norm), or in a hook of "
+                "register_post_accumulate_grad_hook(): such windows are not measured; to "
                 "clip, set gradient_clipping in the config, which DeepSpeed does itself; to read a "
                 "norm, call engine.get_global_grad_norm(); and change gradients in a parameter's "
                 "register_hook()",

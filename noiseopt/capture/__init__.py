@@ -10,6 +10,7 @@ from noiseopt.capture.norms import plain_norms as plain_norms
 from noiseopt.capture.norms import sampled as sampled
 from noiseopt.capture.norms import squared_norms as squared_norms
 from noiseopt.capture.norms import sum_dtype as sum_dtype
+from noiseopt.capture.passes import BackwardPasses as BackwardPasses
 from noiseopt.capture.row import APPLIED as APPLIED
 from noiseopt.capture.row import ENDED as ENDED
 from noiseopt.capture.row import SECONDS as SECONDS

@@ -115,7 +115,7 @@ class BackwardCapture:
             How many passes its micro-batches had.
         """
         steps = self._window_steps()
-        unseen = self.passes.see_more() or self.passes.is_overtaken
+        unseen = self.passes.see_more() or self.passes.is_overtaken or self.passes.is_edited
         if len(self) > steps:
             self._set_apart(steps)
         passes = len(self)

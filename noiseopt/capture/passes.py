@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.function import BackwardCFunction
 
+from noiseopt.capture.edits import Edits
 from noiseopt.capture.frames import runs_in
-from noiseopt.capture.hooks import Hooks, stands_last, taking_hooks
+from noiseopt.capture.hooks import Hooks, stands_last, taking_hooks, weakly
 from noiseopt.capture.norms import Begun, begun_norm, device_of, joined_norm, unknown_norms
 from noiseopt.capture.sharding import Slot, is_sharded, settled, share_among, unsharded_leaves
 
@@ -36,9 +37,10 @@ class BackwardPasses:
     Attributes:
         norms: |h|^2 of each pass since the last `clear`, shape (groups,).
         num_skipped: passes since then that were thrown away for not being finite.
-        num_overtaken: windows since the start that were overtaken.
         is_overtaken: whether hooks which others had added since the window opened came after ours
             in one of its passes, whose norms are then not known. Other ranks' may be.
+        is_edited: whether hooks of others changed a gradient after it was accumulated in one of
+            its passes, whose norms are then not known either.
         paused: whether gradients go by unread.
         watched: the parameters, each with its group.
         model_ranks: over how many ranks one rank's gradient is spread, as by tensor parallelism;
@@ -60,11 +62,12 @@ class BackwardPasses:
         self._reads = reads
         self._num_groups = len(groups)
         self._device = device_of(groups)
-        self._following, self._reading = Hooks(), Hooks()
+        self._following, self._reading, self._edits = Hooks(), Hooks(), Edits()
+        self._standing = self._reading.standing
         self._passing: dict[Tensor, tuple[Begun, float]] = {}
         self._starts_anew = False
         self._current: list[list[tuple[Begun, float]]] = []
-        self._attached: set[Tensor] = set()  # leaves that are hooked
+        self._attached: dict[Tensor, Tensor] = {}  # leaves that are hooked, and whose they are
         self._unseen: list[Slot] = []  # FSDP2's parameters that are still to be hooked
         self._unread = False  # whether a gradient passed that was not hooked
         self._overtaken: int | None = None  # the pass in which one was not read last
@@ -72,10 +75,10 @@ class BackwardPasses:
         self._stood = False  # whether the last pass left gradients of them in `p.grad`
         self._task = -1
         self.norms: list[Tensor] = []
-        self.num_skipped = self.num_overtaken = 0
+        self.num_skipped = 0
         self.watched: dict[Tensor, int] = {}
         self.model_ranks = 1
-        self.paused = self.is_overtaken = self._detached = False
+        self.paused = self.is_overtaken = self.is_edited = False
         self._listens = True
         for index, params in enumerate(groups):
             self._watch_trained(params, index)
@@ -93,7 +96,7 @@ class BackwardPasses:
     def clear(self) -> None:
         """Forget what was read."""
         self.norms, self._current, self.num_skipped = [], [], 0
-        self._unread = self.is_overtaken = False
+        self._unread = self.is_overtaken = self.is_edited = False
         self._passing.clear()
         self._brought.clear()
 
@@ -116,15 +119,22 @@ class BackwardPasses:
         """Read gradients as hooks that others have added leave them."""
         self._reading.come_last()
 
+    def end_with(self, owner: object) -> None:
+        """Remove the hooks when their reader is freed; inside a backward, too."""
+        for hooks in self._hooks:
+            hooks.end_with(owner)
+
     def detach(self) -> None:
-        """Remove the hooks; inside a backward, too, where a collector finds nobody to read it."""
-        self._detached, self._listens = True, False
-        self._reads, self._skips, self._ended = _no, _no, _no
-        self._reading.remove()
-        self._following.remove()
+        """Remove the hooks."""
+        for hooks in self._hooks:
+            hooks.remove()
         self.watched.clear()
         self._attached.clear()
         self._unseen.clear()
+
+    @property
+    def _hooks(self) -> Sequence[Hooks]:
+        return self._reading, self._following, self._edits.hooks
 
     def watch_more(self, groups: Sequence[Sequence[Tensor]]) -> bool:
         """Watch parameters that have a gradient and were not watched, as those that were frozen.
@@ -165,7 +175,7 @@ class BackwardPasses:
 
     def _see(self, slots: Sequence[Slot]) -> bool:
         """Hook those of FSDP2's parameters that were made whole; whether some had a gradient."""
-        if self._detached:
+        if self._standing.ended:
             return False
         made = {leaf: slot.param for slot in slots if (leaf := slot.leaf) is not None}
         new = [leaf for leaf in made if leaf not in self._attached]
@@ -183,7 +193,7 @@ class BackwardPasses:
         return before_forward
 
     def _attach(self, leaf: Tensor, param: Tensor) -> None:
-        self._attached.add(leaf)
+        self._attached[leaf] = param
         hooked: Any = leaf
         if is_sharded(leaf):
             self.model_ranks = max(self.model_ranks, hooked.device_mesh.size())
@@ -193,22 +203,26 @@ class BackwardPasses:
         hooked: Any = leaf
 
         def before(grad: Tensor) -> None:
-            if self.paused or not self._listens:
+            if not self._hears():
                 return
             self._starts_anew = leaf is param and param.grad is None
             if self._reads():
                 if not stands_last(reader):
                     self._overtaken = torch._C._current_graph_task_id()
+                self._edits.watch(param)
                 whole = settled(grad)  # which may be spread otherwise than the parameter
                 self._passing[leaf] = begun_norm(whole), _parts(whole)
 
-        def after(accumulated: Tensor) -> None:
-            if self._listens and not self.paused:
-                self._take(leaf, param)
-
         with taking_hooks(leaf):
             reader = hooked.register_hook(before)
-            return reader, hooked.register_post_accumulate_grad_hook(after)
+            return reader, hooked.register_post_accumulate_grad_hook(weakly(self._confirm))
+
+    def _confirm(self, leaf: Tensor) -> None:
+        if self._hears():
+            self._take(leaf, self._attached[leaf])
+
+    def _hears(self) -> bool:
+        return self._listens and not self.paused and not self._standing.ended
 
     def _take(self, leaf: Tensor, param: Tensor) -> None:
         task = torch._C._current_graph_task_id()
@@ -230,8 +244,7 @@ class BackwardPasses:
             return
         if self._skips():
             self.skip(len(self))
-        if self.is_overtaken:
-            self.num_overtaken, self.is_overtaken = self.num_overtaken - 1, False
+        self.is_overtaken = self.is_edited = False
         self.norms = []
         self._brought.clear()
 
@@ -240,11 +253,12 @@ class BackwardPasses:
         Variable._execution_engine.queue_callback(self._end)
 
     def _end(self) -> None:
-        reads, overtaken = self._reads(), self._overtaken == self._task
-        if overtaken:
-            self.num_overtaken += not self.is_overtaken
-            self.is_overtaken = True
-        if reads and not self.see_more() and not overtaken:
+        if self._standing.ended:
+            return
+        reads, overtaken, edited = self._reads(), self._overtaken == self._task, self._edits.found()
+        self.is_overtaken |= overtaken
+        self.is_edited |= edited
+        if reads and not self.see_more() and not overtaken and not edited:
             self.norms.append(torch.stack([self._joined(norms) for norms in self._current]))
         else:
             self.norms.append(unknown_norms(self._num_groups, self._device))
@@ -262,10 +276,6 @@ class BackwardPasses:
 
 def _before_forward(module: nn.Module, hook: Callable[[nn.Module, Any], None]) -> Sequence[Any]:
     return (module.register_forward_pre_hook(hook),)
-
-
-def _no() -> bool:
-    return False
 
 
 def _refuse_nested_backward() -> None:

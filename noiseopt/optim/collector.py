@@ -80,7 +80,7 @@ class GradientCollector:
         self._own = OwnGradients(*parts, always_own, external)
         self._put_off = PutOff(*parts, self._of_sums, external)
         for hooks in self._hooks:
-            weakref.finalize(self, hooks.passes.detach)
+            hooks.passes.end_with(self)
 
     def __len__(self) -> int:
         """Micro-batches in the open window, as far as they are known."""
@@ -248,7 +248,7 @@ class GradientCollector:
             )
 
     def _read_own(self, local: LocalNorms, groups: Groups) -> Tensor:
-        self._checks.see_hooks(local.passes.num_overtaken)
+        self._checks.see_hooks(local.passes)
         passes, number = len(local), self._window.passed_over + 1
         if passes > number:
             self._checks.see_passes(

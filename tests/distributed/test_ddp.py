@@ -514,6 +514,34 @@ def hooked_on_one_rank(rank):
     return texts, [bool(window.norms.small_sq) for window in windows_of(optimizer)]
 
 
+def changed_after_accumulation(rank, change, steps=1, wrap=DistributedDataParallel):
+    """One rank's hooks after accumulation, put up after the first of four windows."""
+    messages = []
+    handler = watched(messages)
+    net = build()
+    wrapped = wrap(net)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(steps))
+    for index, batch in enumerate(part(draw(4 * steps * RANKS), rank)):
+        if index == steps and rank == 1:
+            for param in net.parameters():
+                param.register_post_accumulate_grad_hook(change)
+        with optimizer.accumulate(wrapped) if steps > 1 else nullcontext():
+            loss_of(wrapped, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    logging.getLogger("noiseopt").removeHandler(handler)
+    texts = [message for message in messages if "change p.grad" in message]
+    return texts, [window.norms.small_sq for window in windows_of(optimizer)]
+
+
+def halved(param):
+    param.grad.mul_(0.5)
+
+
+def looked_at(param):
+    param.grad.sum()
+
+
 def starts_that_differ(rank):
     net = build()
     config = measured(1 + rank)
@@ -811,6 +839,8 @@ CASES = {
     ),
     **{f"epochs of {n}": functools.partial(epochs, updates=n) for n in EPOCHS},
     "hooked on one rank": hooked_on_one_rank,
+    "halved": functools.partial(changed_after_accumulation, change=halved),
+    "looked at": functools.partial(changed_after_accumulation, change=looked_at),
     "like data": functools.partial(
         warnings_of, same_data=True, same_randomness=False, dropout=0.01, steps=60
     ),
@@ -1122,6 +1152,22 @@ def test_hooks_that_are_added_for_each_backward_are_told_on_their_rank(ranks):
     first, second = result(ranks, "hooked on one rank")
     assert first == ([], [False] * 6)
     assert (len(second[0]), second[1]) == (1, [False] * 6)
+
+
+def assert_only_edits_are_told(edited, looked_at):
+    """Of `changed_after_accumulation`: norms are measured until it is edited, or all along."""
+    (nothing, norms), (told, others) = edited
+    assert (nothing, len(told)) == ([], 1)
+    assert norms == others
+    assert [len(each) for each in norms] == [1, 0, 0, 0]
+    (nothing, norms), (told, others) = looked_at
+    assert nothing == told == []
+    assert norms == others
+    assert [len(each) for each in norms] == [1] * 4
+
+
+def test_edits_after_accumulation_on_one_rank_leave_windows_unmeasured_on_all(ranks):
+    assert_only_edits_are_told(result(ranks, "halved"), result(ranks, "looked at"))
 
 
 def test_ranks_that_see_the_same_data_through_their_own_dropout_are_told_so_once(ranks):

@@ -490,17 +490,35 @@ def halve(engine, how):
             safe_set_full_grad(param, torch.ones(getattr(param, "ds_shape", param.shape)))
 
 
+def halve_in_a_hook(param, is_due):
+    if is_due():
+        param.grad.mul_(0.5)
+
+
+def look_in_a_hook(param, is_due):
+    param.grad.sum()
+
+
+HOOKS = {"in a hook": halve_in_a_hook, "not at all": look_in_a_hook}
+
+
 def edited(rank, stage, how, at=1, bf16=False, first=2, **more):
     """Three windows of two; in the second gradients are edited after one of the backwards."""
     engines.set_up(rank)
     net = build(torch.float32)
     config = config_of(stage, bf16, steps=2, noise=TWO, **NOT_CLIPPED, **more)
+    now = [0]
+    if how in HOOKS:
+        for param in net.parameters():
+            hook = functools.partial(HOOKS[how], is_due=lambda: now[0] == first + at)
+            param.register_post_accumulate_grad_hook(hook)
     with Warnings() as texts, engine_of(config, net) as engine:
         for index, batch in enumerate(batches_of(6, rank)):
+            now[0] = index
             backward(engine, batch)
             if index == first + at and how == "by norm":
                 torch.nn.utils.clip_grad_norm_(net.parameters(), 0.01)
-            elif index == first + at:
+            elif index == first + at and how not in HOOKS:
                 halve(engine, how)
             engine.step()
         measured = [window.norms.finite for window in windows(engine)]
@@ -623,6 +641,11 @@ CASES = {
     "edited in bf16": functools.partial(edited, stage=0, how="in place", bf16=True),
     "edited inside": functools.partial(edited, stage=0, how="in place", at=0),
     "edited inside 1": functools.partial(edited, stage=1, how="in place", at=0),
+    **{
+        f"edited in a hook {s}": functools.partial(edited, stage=s, how="in a hook")
+        for s in range(4)
+    },
+    **{f"looked at {s}": functools.partial(edited, stage=s, how="not at all") for s in range(4)},
     **{f"set {s}": functools.partial(edited, stage=s, how="by a setter") for s in (1, 2, 3)},
     "divided by a constant": functools.partial(divided_losses, by="a constant"),
     "divided by two": functools.partial(divided_losses, by="a constant", longer=False),
@@ -860,8 +883,9 @@ def test_gradients_that_are_edited_before_their_step_are_told(ranks, name):
         assert restored
 
 
-def test_an_edit_of_what_deepspeed_has_added_up_elsewhere_is_none(ranks):
-    for texts, measured, _ in result(ranks, "spent"):
+@pytest.mark.parametrize("name", ["spent", *(f"looked at {stage}" for stage in range(4))])
+def test_what_leaves_gradients_as_they_are_used_is_not_told(ranks, name):
+    for texts, measured, _ in result(ranks, name):
         assert measured == [True] * 3
         assert not texts
 

@@ -1,7 +1,9 @@
 """FSDP2 and hybrid meshes on real ranks, held against one process."""
 
 import functools
+import gc
 import math
+import weakref
 from contextlib import nullcontext, suppress
 from copy import deepcopy
 from dataclasses import replace
@@ -39,10 +41,14 @@ from tests.distributed.test_ddp import (
     adaptive_config,
     alone,
     assert_agreed,
+    assert_only_edits_are_told,
     assert_same_windows,
+    changed_after_accumulation,
     clipped_alone,
     frozen_in_turn,
     frozen_in_turn_alone,
+    halved,
+    looked_at,
     measured,
     seen,
 )
@@ -665,6 +671,17 @@ def hooked_on_one_rank(rank):
     return [bool(window.norms.small_sq) for window in windows_of(optimizer)]
 
 
+def dropped_by_its_model(rank):
+    """A model that holds its optimizer is freed with it."""
+    net = shard(build())
+    net.optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=measured(1))
+    train(net, net.optimizer, part(draw(2 * RANKS), rank))
+    held = weakref.ref(net), weakref.ref(net.optimizer)
+    del net
+    gc.collect()
+    return [each() is None for each in held]
+
+
 def raised_after(rank, raises, accumulation="internal"):
     """Its gradient cannot be told from the window's; a state that is loaded begins it again."""
     net = shard(build())
@@ -931,6 +948,14 @@ CASES = {
     },
     "hooked on one rank": hooked_on_one_rank,
     **{
+        f"{change.__name__} {steps}": functools.partial(
+            changed_after_accumulation, change=change, steps=steps, wrap=shard
+        )
+        for change in (halved, looked_at)
+        for steps in (1, 3)
+    },
+    "dropped": dropped_by_its_model,
+    **{
         f"raised in {raises}, {accumulation}": functools.partial(
             raised_after, raises=raises, accumulation=accumulation
         )
@@ -1143,6 +1168,16 @@ def test_hooks_of_one_rank_leave_the_others_collectives_as_they_are(ranks):
     first, second = result(ranks, "hooked on one rank")
     assert first == second
     assert first[0] is False
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_edits_after_accumulation_on_one_rank_leave_windows_unmeasured_on_all(ranks, steps):
+    edited, seen_only = (result(ranks, f"{change} {steps}") for change in ("halved", "looked_at"))
+    assert_only_edits_are_told(edited, seen_only)
+
+
+def test_a_model_that_holds_its_optimizer_is_freed_with_it(ranks):
+    assert result(ranks, "dropped") == [[True, True]] * 2
 
 
 def test_losses_with_blocks_of_their_own_are_added_up(ranks):

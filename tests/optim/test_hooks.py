@@ -9,7 +9,7 @@ import torch
 
 from noiseopt import NoiseAwareSGD, NoiseConfig, NoiseMonitor
 from noiseopt.capture import LocalNorms
-from noiseopt.capture.hooks import _is_torchs, _standing
+from noiseopt.capture.hooks import _is_known, _standing
 
 
 @pytest.fixture
@@ -123,7 +123,92 @@ def test_a_pass_that_was_thrown_away_leaves_its_window_measured(param, caplog):
 def test_a_hook_of_torch_distributed_that_edits_is_one_of_the_loops(param):
     param.register_hook(torch.distributed.all_reduce)
     (hook,) = param._backward_hooks.values()
-    assert not _is_torchs(hook)
+    assert not _is_known(hook)
+
+
+EDITS = {
+    "in place": lambda param: param.grad.mul_(0.5),
+    "by data": lambda param: param.grad.data.mul_(0.5),
+    "anew": lambda param: setattr(param, "grad", param.grad * 0.5),
+    "away": lambda param: setattr(param, "grad", None),
+    "a little": lambda param: param.grad[0].mul_(0.999),
+    "to what is finite": lambda param: param.grad.nan_to_num_(),
+}
+LOOKS = {
+    "at the norm": lambda param: param.grad.norm(),
+    "at nothing": lambda param: None,
+    "to another place": lambda param: setattr(param, "grad", param.grad.clone()),
+}
+
+
+@pytest.mark.parametrize("added", ["before", "after"])
+@pytest.mark.parametrize("change", [*EDITS, *LOOKS])
+def test_what_a_hook_changes_after_accumulation_is_seen(param, change, added):
+    def put():
+        param.register_post_accumulate_grad_hook(lambda param: calls.append(change(param)))
+
+    finite = change != "to what is finite"
+    is_edit, change, calls = change in EDITS, (EDITS | LOOKS)[change], []
+    if added == "before":
+        put()
+    local = LocalNorms([[param]])
+    if added == "after":
+        put()
+    for scale in (1.0, 2.0):
+        param.grad = None
+        loss = scale * param.sum() if finite else (param * torch.nan).sum()
+        local.open_window()
+        loss.backward()
+        assert local.passes.is_edited == is_edit
+        (norms,) = local.passes.norms
+        assert norms.isnan() if is_edit else norms == 4 * scale**2
+        local.clear()
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_hooks_that_look_after_accumulation_leave_a_window_measured(param, finite):
+    param.register_post_accumulate_grad_hook(lambda param: None)
+    both = [LocalNorms([[param]]) for _ in range(2)]
+    for _ in range(2):
+        (param.sum() if finite else (param * torch.nan).sum()).backward()
+    assert not any(local.passes.is_edited for local in both)
+    norms = torch.cat([norm for local in both for norm in local.passes.norms])
+    wanted = torch.full_like(norms, 4.0 if finite else torch.nan)
+    torch.testing.assert_close(norms, wanted, equal_nan=True)
+
+
+def test_hooks_of_others_run_in_their_order_and_can_be_taken_down(param):
+    calls = []
+    for name in "ab":
+        param.register_post_accumulate_grad_hook(lambda param, name=name: calls.append(name))
+    local = LocalNorms([[param]])
+    third = param.register_post_accumulate_grad_hook(lambda param: calls.append("c"))
+    for _ in range(2):
+        param.sum().backward()
+    third.remove()
+    param.sum().backward()
+    assert "".join(calls) == "abcabcab"
+    local.passes.detach()
+    assert len(param._post_accumulate_grad_hooks) == 2
+    param._post_accumulate_grad_hooks.clear()
+    param.sum().backward()
+
+
+@pytest.mark.parametrize("accumulation", ["internal", "external", "watched"])
+def test_hooks_that_edit_after_accumulation_are_told_where_norms_are_read(
+    param, accumulation, caplog
+):
+    def clamp(param):
+        param.grad.clamp_(-0.1, 0.1)
+
+    param.register_post_accumulate_grad_hook(clamp)
+    optimizer = measuring([param], accumulation)
+    for _ in range(3):
+        param.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert caplog.text.count("change p.grad") == (accumulation != "internal")
 
 
 def test_hooks_that_are_added_once_cost_a_window(param, caplog):
@@ -156,6 +241,33 @@ def test_an_optimizer_that_is_dropped_leaves_its_parameters_to_be_freed(accumula
     gc.collect()  # takes the hooks down
     gc.collect()
     assert weight() is None
+    assert len(_standing) == before
+
+
+@pytest.mark.parametrize("accumulation", ["internal", "external", "watched"])
+def test_a_trainer_that_its_parameters_hold_is_freed_with_them(accumulation):
+    """As one whose method is a hook on them."""
+
+    class Trainer:
+        def __init__(self):
+            self.model = torch.nn.Linear(3, 3)
+            self.optimizer = measuring(self.model.parameters(), accumulation)
+            self.model.weight.register_hook(self.see)
+
+        def see(self, gradient):
+            pass
+
+    gc.collect()
+    before = len(_standing)
+    trainer = Trainer()
+    for _ in range(2):
+        trainer.model(torch.ones(2, 3)).sum().backward()
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+    held = weakref.ref(trainer), weakref.ref(trainer.model.weight)
+    del trainer
+    gc.collect()
+    assert [each() for each in held] == [None, None]
     assert len(_standing) == before
 
 
