@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from noiseopt import NoiseAwareAdamW, NoiseAwareSGD, NoiseMonitor
+from noiseopt.capture import LocalNorms
 from noiseopt.capture.tally import _DeviceTally
 from noiseopt.optim.hyper import MOMENTS, UPDATES
 from noiseopt.schedulers import AccumulationScheduler, ClipScheduler, NoiseAwareLR
@@ -247,6 +248,25 @@ def accumulating(cls, **kwargs):
         return optimizer, steps()
 
     return loop
+
+
+@pytest.mark.parametrize("hook", ["looks", "halves"])
+def test_hooks_after_accumulation(hook):
+    def call(param):
+        if hook == "looks":
+            param.grad.norm()
+        else:
+            param.grad.mul_(0.5)
+
+    with Accelerator():
+        param = nn.Parameter(on_device(1.0, 2.0, 3.0, 4.0))
+        param.register_post_accumulate_grad_hook(call)
+        local = LocalNorms([[param]])
+        param.sum().backward()
+        assert local.passes.is_edited == (hook == "halves")
+        assert local.passes.norms[0].tolist() == pytest.approx(
+            [4.0 if hook == "looks" else torch.nan], nan_ok=True
+        )
 
 
 def test_monitor_and_schedulers():
