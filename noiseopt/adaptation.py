@@ -18,9 +18,9 @@ from noiseopt.capture import APPLIED, SECONDS, Measured, Row, read_rows, read_se
 from noiseopt.clock import Clock
 from noiseopt.control import (
     Controller,
+    ControllerState,
     NoiseConfig,
     Rates,
-    from_saved,
     to_saved,
 )
 from noiseopt.deciding import Decides, Number
@@ -97,10 +97,20 @@ class Adaptation(Decides):
         self._standstill = StandstillCheck(ranks)
         self._controller = self._controller.on_ranks(ranks.data)
         self._open_window()
-        if before.num_ranks not in (0, ranks.data):
+        self._tell_of_change(before)
+
+    def _tell_of_change(self, before: ControllerState) -> None:
+        after = self._controller.state
+        changes = []
+        if before.num_ranks not in (0, after.num_ranks):
+            changes.append(f"on {after.num_ranks} instead of {before.num_ranks} ranks")
+        old, new = before.samples_per_micro_batch, after.samples_per_micro_batch
+        if old and new and old != new:
+            changes.append(f"with micro-batches of {new:g} instead of {old:g} samples")
+        if changes:
             logger.info(
-                "noise: goes on on %d instead of %d ranks, with windows of %d instead of %d",
-                *(ranks.data, before.num_ranks, self.steps, before.accumulation_steps),
+                "noise: goes on %s, with windows of %d instead of %d",
+                *(" and ".join(changes), self.steps, before.accumulation_steps),
             )
 
     def start(
@@ -180,6 +190,7 @@ class Adaptation(Decides):
         lead: float = math.inf,
         plain: list[float] | None = None,
         shows_data: Tensor | None = None,
+        left: Tensor | None = None,
     ) -> Row:
         """Make a window's row, summed over the ranks; see `Agreement.sum_`.
 
@@ -191,6 +202,7 @@ class Adaptation(Decides):
             lead: see `Agreement.set_settings`.
             plain: see `Agreement.sum_`.
             shows_data: see `Agreement.sum_`.
+            left: see `Agreement.sum_`.
 
         Raises:
             RuntimeError: ranks do not go together.
@@ -201,8 +213,9 @@ class Adaptation(Decides):
         if self.ranks.all > 1:
             used = {} if rates is None else {"factors of the window's length": astuple(rates)}
             self._agreement.set_settings({**self.settings(), **used}, lead)
+            what = self.open_window
             self._agreement.sum_(
-                row, self.num_groups, extra, self.open_window, at_once, plain, shows_data
+                row, self.num_groups, extra, what, at_once, plain, shows_data, left
             )
         return row
 
@@ -315,8 +328,7 @@ class Adaptation(Decides):
 
     def load_numbers(self, numbers: Mapping[str, Number]) -> None:
         """Go on from a saved state; what was queued since is forgotten."""
-        state = from_saved(self._controller.state, numbers)
-        self._go_on(self._controller.at(state.within(self.config)))
+        self._go_on(self._controller.at(self._state_of(numbers)))
 
     def set_groups(self, names: Sequence[str]) -> None:
         """Measure further parameter groups: these are the names of all."""

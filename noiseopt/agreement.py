@@ -22,6 +22,7 @@ from noiseopt.capture import (
     as_tensor,
     device_of,
     is_sharded,
+    like,
     plain_norms,
     squared_norms,
 )
@@ -37,7 +38,7 @@ WINDOWS_AT_ONCE = 20  # of a run's first; mistakes in a loop show there
 # Their distances have no common divisor: what draws once in some windows, as a data loader does in
 # each epoch, is not met in three of them in a row.
 DRAWS_SEEN_IN, DRAWS_CYCLE = (7, 15), 15
-CHECKS = 4  # numbers that show whether ranks go together
+CHECKS = 5  # numbers that show whether ranks go together
 CPU = torch.device("cpu")
 
 Facts = Mapping[str, object]
@@ -145,6 +146,7 @@ class Agreement:
         at_once: bool,
         plain: list[float] | None = None,
         shows_data: Tensor | None = None,
+        left: Tensor | None = None,
     ) -> None:
         """Sum a row over the ranks, in place.
 
@@ -162,6 +164,8 @@ class Agreement:
             plain: filled with the sums of the row and of `extra`, which waits for the device, once.
             shows_data: a number, 0-d, not zero, that ranks which see the same data have in common,
                 for where others have the squared norm of their own gradients in common, too.
+            left: what the backward has left in `p.grad`, as a squared norm, 0-d, if that must be
+                the same on all ranks.
 
         Raises:
             RuntimeError: ranks do not go together, as far as the sums were read: on the CPU when
@@ -174,7 +178,7 @@ class Agreement:
             _divide(row, slice(num_groups, 2 * num_groups), self.ranks.all)
         with self._telling_errors():
             self._finish()
-            numbers = self._with_checks(row, num_groups, extra, shows_data)
+            numbers = self._with_checks(row, num_groups, extra, shows_data, left)
             told = {
                 "state": self._state,
                 "settings": self._settings,
@@ -203,14 +207,19 @@ class Agreement:
                 self._finish()
 
     def _with_checks(
-        self, row: Row, num_groups: int, extra: Tensor | None, shows_data: Tensor | None
+        self,
+        row: Row,
+        num_groups: int,
+        extra: Tensor | None,
+        shows_data: Tensor | None,
+        left: Tensor | None,
     ) -> Tensor:
         """What is summed: the row, what shows whether ranks go together, its squares, and more.
 
-        Four numbers show it: what differs where ranks see different data; the squared norm of the
+        Five numbers show it: what differs where ranks see different data; the squared norm of the
         mean gradient, which must be the same (where ranks hold shards, that of the parameters which
         are none); a digest of the decision state; one of the random state, nan where that is not
-        looked at.
+        looked at; what the backward has left, nan where that is not known.
         """
         own, mean = slice(num_groups), slice(num_groups, 2 * num_groups)
         drawn = self._drawn(row.device if isinstance(row, Tensor) else CPU)
@@ -221,11 +230,12 @@ class Agreement:
                 of_all = squared_norms([self._plain_grads()], row.device)[0]
             digests = row.new_full((), state), row.new_full((), drawn)  # which wait for nothing
             norm = row[own].sum() if shows_data is None else row[own].sum() * shows_data
-            told = torch.stack([norm.to(row.dtype), of_all.to(row.dtype), *digests])
+            after = like(math.nan if left is None else left, row)
+            told = torch.stack([norm.to(row.dtype), of_all.to(row.dtype), *digests, after])
             return torch.cat([row, told, told.square(), *([] if extra is None else [extra])])
         alike = plain_norms([self._plain_grads()])[0] if self.ranks.sharded else sum(row[mean])
         data = sum(row[own]) * (1.0 if shows_data is None else shows_data.item())
-        plain = data, alike, state, drawn
+        plain = data, alike, state, drawn, math.nan if left is None else left.item()
         squares = (number * number for number in plain)
         rest = [] if extra is None else extra.tolist()
         return torch.tensor([*row, *plain, *squares, *rest], dtype=torch.float64, device=CPU)
@@ -271,16 +281,24 @@ class Agreement:
             lists = torch.stack([*map(as_tensor, lists)]).tolist()
         for sums, (_, told) in zip(lists, read, strict=True):
             pairs = zip(sums[:CHECKS], sums[CHECKS:], strict=True)
-            local, mean, state, drawn = (spread(a, b, self.ranks.all) for a, b in pairs)
+            local, mean, state, drawn, left = (spread(a, b, self.ranks.all) for a, b in pairs)
             if mean > TOLERANCE:
                 raise RuntimeError(
                     "gradients differ between ranks at step() (relative spread of the squared "
                     f"norm {mean:.2g}): the backward ran without synchronisation, for instance "
-                    "under no_sync(), on a model that is not wrapped, or on parameters that "
+                    "under no_sync(), on a model that is not wrapped (also where the loop averages "
+                    "gradients by itself, after a window's last backward), or on parameters that "
                     "fully_shard() was not given; synchronise the gradients, run each forward and "
                     "backward inside optimizer.accumulate(model) (of one optimizer, where two "
                     "share a model), or pass a process_group of the ranks that share them; updates "
                     "may have been made with them already: go on from a checkpoint"
+                )
+            if left > TOLERANCE:
+                raise RuntimeError(
+                    "gradients were averaged over ranks between backward() and step(), where the "
+                    "ranks' own, which show the noise, are not told apart from them: wrap the "
+                    "model in DistributedDataParallel, or leave that to the optimizer, by "
+                    "NoiseConfig(gradients='local'); an update may have been made with them already"
                 )
             if state > SAME:
                 self._follow_or_stop(told, together)

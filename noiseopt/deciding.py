@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from noiseopt.control import (
     RATE_RULES,
@@ -92,9 +93,22 @@ class Decides:
         """Refuse a state that cannot be loaded, before anything is changed.
 
         Raises:
-            ValueError: it is of another version or shape.
+            ValueError: it is of another version or shape, or counts micro-batches where the
+                settings say how many samples each holds.
         """
-        from_saved(self._controller.state, numbers)
+        self._state_of(numbers)
+
+    def _state_of(self, numbers: Mapping[str, Number]) -> ControllerState:
+        state = from_saved(self._controller.state, numbers)
+        if self.config.samples_per_micro_batch is None or state.counts_samples:
+            return state
+        if state.num_windows > 0:
+            raise ValueError(
+                "the saved noise state counts micro-batches, and samples_per_micro_batch is "
+                f"{self.config.samples_per_micro_batch!r}, which counts samples: leave that out, "
+                "or load the optimizer without its 'noise' entries to start measuring anew"
+            )
+        return replace(state, counts_samples=True)
 
     def _common_state(self) -> dict[str, Number]:
         """The state as far as ranks share it: what each has dropped is its own affair."""

@@ -21,6 +21,7 @@ from noiseopt.capture.row import Row as Row
 from noiseopt.capture.row import as_tensor as as_tensor
 from noiseopt.capture.row import big_columns as big_columns
 from noiseopt.capture.row import end_row as end_row
+from noiseopt.capture.row import like as like
 from noiseopt.capture.row import norm_of_mean as norm_of_mean
 from noiseopt.capture.row import read_rows as read_rows
 from noiseopt.capture.row import read_seconds as read_seconds

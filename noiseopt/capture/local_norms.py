@@ -26,6 +26,8 @@ class LocalNorms:
 
     Attributes:
         passes: the hooks.
+        left: |.|^2 of a sample of `p.grad` after the backward before the last `take`, 0-d; None
+            where it was not read.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class LocalNorms:
         self._device = device_of(groups)
         self._with_grad: list[Tensor] = []
         self._before: Tensor | None = None
+        self.left: Tensor | None = None
         self.passes = BackwardPasses(groups, self._sample, reads)
 
     def __len__(self) -> int:
@@ -70,6 +73,7 @@ class LocalNorms:
         Raises:
             RuntimeError: no backward pass was seen, or gradients were removed since.
         """
+        self.left = self._before
         if self.passes.see_more() or not self._reads():
             self.clear()
             return unknown_norms(len(groups), self._device).expand(number, -1)

@@ -66,29 +66,29 @@ class Controller:
         """The same controller on so many ranks, its batches as near as whole windows allow.
 
         The window, and what it is compared with, is counted in micro-batches on each rank: on
-        twice the ranks half as many make the same batch. What is in samples stays as it is.
+        twice the ranks half as many make the same batch, and so do half as many of twice the
+        samples, where the settings say another number of them than the state. What is in samples
+        stays as it is.
         """
         state, config = self.state, self.config
-        if state.num_ranks in (0, ranks):
-            return self._with(
-                num_ranks=ranks, gradients_per_step=max(state.gradients_per_step, ranks)
-            )
-        ratio = state.num_ranks / ranks
-        low, high = config.min_accumulation_steps, config.max_accumulation_steps
-        steps, kept = (
-            min(max(round(steps * ratio), low), high)
-            for steps in (state.accumulation_steps, state.kept_steps)
-        )
-        return self._with(
+        samples = float(config.samples_per_micro_batch or 0.0)
+        of_ranks = state.num_ranks / ranks if state.num_ranks and ranks else 1.0
+        of_samples = state.samples_per_micro_batch / samples if samples else 1.0
+        ratio = of_ranks * (of_samples or 1.0)
+        gradients = max(round(state.gradients_per_step / of_ranks), 1)
+        moved = replace(
+            state,
             num_ranks=ranks,
-            accumulation_steps=steps,
-            kept_steps=kept,
+            samples_per_micro_batch=samples,
+            accumulation_steps=round(state.accumulation_steps * ratio),
+            kept_steps=round(state.kept_steps * ratio),
             reference_steps=state.reference_steps * ratio,
-            gradients_per_step=max(round(state.gradients_per_step / ratio), 1),
+            gradients_per_step=max(gradients, ranks) if of_ranks == 1 else gradients,
             micro_batches=state.micro_batches * ratio,
             verification=state.verification.scaled(ratio),
-            timing=Timing() if state.timing else None,
+            timing=state.timing if ratio == of_ranks == 1 or state.timing is None else Timing(),
         )
+        return self.at(moved.within(config))
 
     def window_steps(self, num_windows: int) -> int:
         """The length of the window after so many others: the decided one, or a probe."""

@@ -36,6 +36,7 @@ class ControllerState:
         gradients_per_step: independent gradients that each micro-batch brings, from all ranks.
         micro_batches: micro-batches seen on one rank, as if there had always been `num_ranks`.
         num_ranks: ranks that take part; 0 while unknown.
+        samples_per_micro_batch: what the settings say that one holds on each; 0 if they do not.
         total_clipped: updates whose gradient was clipped.
         total_skipped: micro-batches left out because they were not finite.
         total_dropped: micro-batches of open windows that checkpoints left behind.
@@ -69,6 +70,7 @@ class ControllerState:
     gradients_per_step: int = 1
     micro_batches: float = 0.0
     num_ranks: int = 0
+    samples_per_micro_batch: float = 0.0
     total_clipped: int = 0
     total_skipped: int = 0
     total_dropped: int = 0
@@ -104,6 +106,7 @@ class ControllerState:
             kept_steps=steps,
             reference_steps=float(steps),
             max_norm=config.max_norm,
+            samples_per_micro_batch=float(config.samples_per_micro_batch or 0.0),
             counts_samples=config.samples_per_micro_batch is not None,
             timing=_timing(config),
         )
@@ -196,8 +199,9 @@ def from_numbers(like: T, numbers: Mapping[str, Number], prefix: str = "") -> T:
         ValueError: a number is missing; names it.
     """
     if isinstance(like, ControllerState) and "accumulation_steps" in numbers:
-        # States from before lack it: what grew by the decay was not told apart, and stays.
-        numbers = {"kept_steps": numbers["accumulation_steps"], **numbers}
+        # States from before lack these: what grew by the decay was not told apart, and stays.
+        lacked = {"kept_steps": numbers["accumulation_steps"], "samples_per_micro_batch": 0.0}
+        numbers = {**lacked, **numbers}
     return cast("T", _rebuild(like, numbers, prefix))
 
 

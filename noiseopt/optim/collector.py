@@ -251,12 +251,14 @@ class GradientCollector:
         self._checks.see_hooks(local.passes)
         passes, number = len(local), self._window.passed_over + 1
         if passes > number:
-            self._checks.see_passes(
-                passes,
-                number,
-                f"where the loop accumulates {passes} by itself, set NoiseConfig("
-                f"accumulation='external', accumulation_steps={passes})",
+            remedy = (
+                "if one was thrown away by model.zero_grad(), skip it before its backward instead, "
+                "since FSDP2 keeps it in the window's sum"
+                if number > 1
+                else f"where the loop accumulates {passes} by itself, set NoiseConfig("
+                f"accumulation='external', accumulation_steps={passes})"
             )
+            self._checks.see_passes(passes, number, remedy)
         ddp = self._adaptation.ddp_around(groups)
         return local.take(groups, number, any(map(finds_unused, ddp)))
 
@@ -272,7 +274,8 @@ class GradientCollector:
         if self._local is not None:
             self._own.note_averaged(self._adaptation.ddp_around(groups))
         takes_sums = self._of_sums or self._share is not None
-        row = self._adaptation.agree(measured, at_once=takes_sums)
+        left = None if self._local is None or self._share is not None else self._local.left
+        row = self._adaptation.agree(measured, at_once=takes_sums, left=left)
         if not takes_sums:
             return Ended(row, measured.norm, measured.scale, steps)
         row, scale = as_tensor(row), measured.scale

@@ -65,7 +65,9 @@ def values_from(settings: Mapping[str, object], groups: Sequence[Group]) -> list
 def _like(own: Any, value: Any) -> Any:
     if isinstance(own, tuple | list):
         return tuple(map(_like, own, value))
-    return torch.full_like(own, value) if isinstance(own, Tensor) else value
+    if isinstance(own, Tensor):
+        return torch.full_like(own, value)
+    return type(own)(value) if isinstance(own, int | float) else value  # counts stay whole
 
 
 def _is_plain(value: object) -> bool:

@@ -186,18 +186,19 @@ class NoiseAware(AppliesMeans):
                 windows += 1
         return windows > 0
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear gradients, as torch's optimizers do.
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """Clear gradients, as the torch optimizer does.
 
         Args:
-            set_to_none: as for torch.
+            args: what that takes, as `set_to_none`.
+            kwargs: the same.
 
         Raises:
             RuntimeError: that is to throw away a micro-batch of `accumulate` which FSDP2 keeps.
         """
         if self._adaptation:
             self._collector.refuse_thrown_away()
-        super().zero_grad(set_to_none)
+        super().zero_grad(*args, **kwargs)
 
     # ------------------------------------------------------------------ the step
 
@@ -291,5 +292,7 @@ def _signature(cls: type[NoiseAware]) -> inspect.Signature:
         if issubclass(base, Optimizer) and not issubclass(base, SavesNoise)
     )
     theirs = inspect.signature(torch_class).parameters.values()
+    rest = [each for each in theirs if each.kind is each.VAR_KEYWORD]  # which comes last
     ours = inspect.signature(NoiseAware.__init__).parameters
-    return inspect.Signature([*theirs, ours["noise"], ours["process_group"]])
+    named = [each for each in theirs if each not in rest]
+    return inspect.Signature([*named, ours["noise"], ours["process_group"], *rest])

@@ -18,6 +18,7 @@ from noiseopt.capture import (
 )
 
 Groups = Sequence[Sequence[Tensor]]
+Marks = Sequence[Sequence[tuple[int, int]]]
 
 
 def sharded_modules(model: nn.Module, groups: Groups) -> dict[nn.Module, list[Slot]]:
@@ -63,6 +64,7 @@ class PutOff:
         self._kept: list[Slot] = []  # where FSDP2 has gradients that are still to be averaged
         self._averaged = 0  # how many of them it has averaged in the window's last backward
         self._spoiled = False  # whether it has some of a micro-batch that raised
+        self._took = False  # whether it has taken some of the last micro-batch
         # Of how many micro-batches `p.grad` holds the mean, or the sum where losses are.
         self._added_up = 1
         self.waits = self.unstepped = False
@@ -107,8 +109,10 @@ class PutOff:
         last = taken + 1 >= self._adaptation.steps
         self.waits = not (self._external or last)
         slots = [*{slot.param: slot for slots in modules.values() for slot in slots}.values()]
-        with self._forgotten_if_it_raises(slots), _reducing_if(last, modules):
+        before = _marks(slots)
+        with self._forgotten_if_it_raises(slots, before), _reducing_if(last, modules):
             yield
+        self._took = before != _marks(slots) or (self.unstepped and self._took)
         self.unstepped = not self._external
         if last:
             self._end(groups)
@@ -116,19 +120,18 @@ class PutOff:
             self._kept = [slot for slot in slots if slot.kept]
 
     @contextmanager
-    def _forgotten_if_it_raises(self, slots: Sequence[Slot]) -> Iterator[None]:
+    def _forgotten_if_it_raises(self, slots: Sequence[Slot], before: Marks) -> Iterator[None]:
         """Have a micro-batch forgotten that raises; what FSDP2 has of it spoils the window.
 
         It may have it of a block before, where a micro-batch has several; not in windows of one,
         where that is in `p.grad`, for the loop to zero.
         """
         has_some = self.unstepped and self._adaptation.steps > 1
-        kept = [slot.mark for slot in slots]
         try:
             with forgotten_if_it_raises(self.forget):
                 yield
         except BaseException:
-            self._spoiled |= has_some or kept != [slot.mark for slot in slots]
+            self._spoiled |= has_some or before != _marks(slots)
             raise
 
     def forget(self) -> None:
@@ -157,7 +160,7 @@ class PutOff:
         Raises:
             RuntimeError: it does, together with the window's earlier ones.
         """
-        if self.waits and self.unstepped and self._kept:
+        if self.waits and self.unstepped and self._took:
             raise RuntimeError(
                 "zero_grad() without step() after a micro-batch inside optimizer.accumulate(): "
                 "FSDP2 keeps its gradient in the window's sum, out of which it cannot be taken; "
@@ -213,6 +216,10 @@ class PutOff:
         scale_all([grad for grad in grads if grad is not None], factor)
         if self._local is not None:
             self._local.scale(factor)
+
+
+def _marks(slots: Sequence[Slot]) -> Marks:
+    return [slot.mark for slot in slots]
 
 
 def _left_behind(number: int) -> RuntimeError:

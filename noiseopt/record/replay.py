@@ -107,6 +107,9 @@ def _decided_by(before: Controller, start: Start) -> ControllerState:
     What was measured is the start's: no decision tells the windows between the last one and a
     checkpoint. Where the averages themselves are changed, they go on as they are.
     """
+    samples = start.config.samples_per_micro_batch
+    config = replace(before.config, samples_per_micro_batch=samples)
+    before = replace(before, config=config)
     own, state = before.on_ranks(start.state.num_ranks).state, start.state
     if len(own.estimator.groups) != len(start.groups):
         return state

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
+from torch.autograd import Variable
 
 from noiseopt import NoiseAwareAdamW
 from tests.accelerator import Accelerator, OnDevice, to_device
@@ -49,11 +50,16 @@ def keeping(model, optimizer, batch):
 
 
 def averaging(model, optimizer, batch):
-    """The loop averages every micro-batch's gradients."""
-    loss_of(model, batch).backward()
-    for param in model.parameters():
-        dist.all_reduce(param.grad)
-        param.grad /= RANKS
+    """Every micro-batch's gradients are averaged at the end of its backward, as DDP has it."""
+
+    def average():
+        for param in model.parameters():
+            dist.all_reduce(param.grad)
+            param.grad /= RANKS
+
+    loss = loss_of(model, batch)
+    loss.register_hook(lambda grad: Variable._execution_engine.queue_callback(average))
+    loss.backward()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -86,6 +92,8 @@ def test_ranks_measure_and_train_as_on_the_cpu(ranks, name):
     torch.testing.assert_close(there["weights"], here["weights"], rtol=1e-5, atol=1e-6)
     assert there["decisions"] == other["decisions"] == here["decisions"]
     assert len({steps for steps, _ in there["decisions"]}) > 1
+    measured = [window.norms for window in here["windows"] if window.norms.small_sq]
+    assert sum(sum(each.small_sq) > 1.2 * sum(each.big_sq) for each in measured) > len(measured) / 2
     for one, same in zip(there["windows"], here["windows"], strict=True):
         assert one.norms.small_sq == pytest.approx(same.norms.small_sq, rel=1e-4)
         assert one.norms.big_sq == pytest.approx(same.norms.big_sq, rel=1e-4)

@@ -264,6 +264,22 @@ def summed_losses(rank):
     return seen(optimizer, net)
 
 
+def averaged_by_the_loop(rank, accumulation):
+    """After the backward: which part the ranks' own gradients had is then not known."""
+    net = build()
+    config = replace(measured(1), accumulation=accumulation)
+    optimizer = NoiseAwareAdamW(net.parameters(), lr=LR, noise=config)
+    before = weights_of(net)
+    loss_of(net, draw(RANKS)[rank]).backward()
+    for param in net.parameters():
+        dist.all_reduce(param.grad)
+        param.grad /= RANKS
+    with pytest.raises(RuntimeError, match="gradients") as caught:
+        optimizer.step()
+    assert torch.equal(before, weights_of(net))
+    return str(caught.value)
+
+
 def unsynchronised_step(rank):
     net = build()
     wrapped = DistributedDataParallel(net)
@@ -817,6 +833,8 @@ CASES = {
     "uneven": uneven_weights,
     "sums": summed_losses,
     "unsynchronised": unsynchronised_step,
+    **{f"by the loop, {how}": functools.partial(averaged_by_the_loop, accumulation=how)
+       for how in ("internal", "external")},
     "unsynchronised later": unsynchronised_later,
     "removed": removed_gradients,
     "no backward": gradients_without_a_backward,
@@ -1041,6 +1059,12 @@ def test_summed_losses_are_divided_by_the_samples_of_all(ranks):
     assert window.samples == 14
     assert window.big_batch == pytest.approx(14)
     assert window.small_batch == pytest.approx(14 / 4)
+
+
+@pytest.mark.parametrize("accumulation", ["internal", "external"])
+def test_gradients_that_the_loop_averages_itself_are_refused(ranks, accumulation):
+    for message in result(ranks, f"by the loop, {accumulation}"):
+        assert "averaged over ranks between" in message or "averages gradients by itself" in message
 
 
 def test_a_step_on_unsynchronised_gradients_is_an_error_on_every_rank(ranks):

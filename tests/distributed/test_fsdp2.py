@@ -611,6 +611,21 @@ def thrown_away_before_its_step(rank):
     optimizer.zero_grad()
 
 
+def skipped_before_its_backward(rank, at):
+    """As a loop leaves out a micro-batch whose loss is bad before FSDP2 has anything of it."""
+    net = shard(build())
+    optimizer = NoiseAwareSGD(net.parameters(), lr=0.1, noise=measured(2))
+    for index, batch in enumerate(part(draw(5 * RANKS), rank)):
+        with optimizer.accumulate(net):
+            loss = loss_of(net, batch)
+            if index != at:
+                loss.backward()
+        if index != at:
+            optimizer.step()
+        optimizer.zero_grad()
+    return optimizer.num_updates, weights_of(net)
+
+
 def raised_between_blocks(rank):
     """The second block of a micro-batch raises before its backward; the first one's stays."""
     net = shard(build())
@@ -938,6 +953,10 @@ CASES = {
     "raised before": raised_before,
     "raised between blocks": raised_between_blocks,
     "thrown away before its step": thrown_away_before_its_step,
+    **{
+        f"skipped at {at}": functools.partial(skipped_before_its_backward, at=at)
+        for at in (2, 3, 4)
+    },
     "raises alone": raised_in_windows_of_one,
     "flushed after raising": flushed_after_raising,
     **{
@@ -1345,6 +1364,20 @@ def test_parameters_beside_the_sharded_ones_may_be_averaged_by_hand(ranks):
 )
 def test_what_cannot_be_is_an_error_with_the_remedy(ranks, name):
     result(ranks, name)
+
+
+@pytest.mark.parametrize("at", [2, 3, 4])
+def test_a_micro_batch_without_a_backward_is_in_no_window(ranks, at):
+    used = [batch for index in range(5) if index != at for batch in draw(10)[2 * index :][:2]]
+    net = build()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for window in (used[:4], used[4:]):
+        sum(loss_of(net, batch) / 4 for batch in window).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for num_updates, weights in result(ranks, f"skipped at {at}"):
+        assert num_updates == 2
+        torch.testing.assert_close(weights, weights_of(net), rtol=0, atol=1e-12)
 
 
 def test_one_sum_of_numbers_serves_an_update_also_where_samples_are_counted(ranks):

@@ -17,6 +17,7 @@ from noiseopt import NoiseAwareAdam, NoiseAwareAdamW, NoiseAwareSGD
 from tests.optim.helpers import (
     advise,
     build,
+    difference,
     draw,
     fixed,
     growing,
@@ -269,6 +270,58 @@ def test_a_state_outside_new_limits_is_brought_inside():
         GROWS, max_accumulation_steps=32, min_accumulation_steps=8, accumulation_steps=8
     )
     assert Run("AdamW", wider).load(file).optimizer.accumulation_steps == 8
+
+
+def test_a_run_goes_on_in_micro_batches_of_another_size():
+    """Its windows hold as many samples, its rates and updates are the same."""
+    batches = draw(240)
+    config = growing(samples_per_micro_batch=4)
+    model = build()
+    optimizer = NoiseAwareAdamW(model.parameters(), noise=config)
+    train(model, optimizer, batches[:200])
+    while not optimizer.applied:
+        train(model, optimizer, batches[-1:])
+    steps = optimizer.accumulation_steps
+    rates = optimizer._adaptation.rates(steps)
+    assert steps > 1
+    assert rates.lr > 1
+    other = build()
+    other.load_state_dict(model.state_dict())
+    most = 4 * config.max_accumulation_steps
+    config = replace(config, samples_per_micro_batch=1, max_accumulation_steps=most)
+    resumed = NoiseAwareAdamW(other.parameters(), noise=config)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert resumed.accumulation_steps == 4 * steps
+    assert resumed._adaptation.rates(4 * steps) == rates
+    assert resumed._adaptation.state.estimator == optimizer._adaptation.state.estimator
+    window = batches[200 : 200 + steps]
+    train(model, optimizer, window)
+    singles = [
+        (x[None], y[None])
+        for inputs, targets in window
+        for x, y in zip(inputs, targets, strict=True)
+    ]
+    train(other, resumed, singles)
+    assert resumed.applied
+    assert difference(model, other) <= 1e-12
+
+
+def test_a_state_that_counts_micro_batches_is_not_taken_for_one_of_samples():
+    model = build()
+    optimizer = NoiseAwareAdamW(model.parameters(), noise=growing())
+    train(model, optimizer, draw(20))
+    while not optimizer.applied:
+        train(model, optimizer, draw(1))
+    state = copy.deepcopy(optimizer.state_dict())
+    other = NoiseAwareAdamW(model.parameters(), noise=growing(samples_per_micro_batch=4))
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match="counts micro-batches, and samples_per_micro_batch is 4"):
+        other.load_state_dict(state)
+    assert other.state_dict() == before
+    fresh = NoiseAwareAdamW(model.parameters(), noise=growing()).state_dict()
+    other.load_state_dict(fresh)
+    train(model, other, draw(40))
+    assert other.decision.unit == "samples"
 
 
 def test_a_torch_checkpoint_starts_measuring_anew():

@@ -5,6 +5,7 @@ micro-batch's gradient is it a slower one: the edited gradients, made one by one
 """
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -178,6 +179,24 @@ def test_optimizers_made_aware_by_name_average_too(name):
     model = build(bias=False)
     train(model, noise_aware(theirs)(model.parameters(), noise=advise(STEPS)), batches)
     assert difference(model, large(theirs, {}, batches, bias=False)) <= 1e-10
+
+
+def test_classes_that_name_arguments_in_their_own_way_are_made_aware():
+    """One takes any argument, and clears gradients in a way that takes none, as FusedAdam does."""
+
+    class Plain(torch.optim.SGD):
+        def __init__(self, params, lr=0.1, **others):
+            super().__init__(params, lr=lr, **others)
+
+        def zero_grad(self):
+            super().zero_grad(set_to_none=False)
+
+    ours = noise_aware(Plain)
+    assert list(inspect.signature(ours).parameters)[-3:] == ["noise", "process_group", "others"]
+    model, batches = build(), draw(4)
+    train(model, ours(model.parameters(), momentum=0.9, noise=advise(1)), batches)
+    assert not any(param.grad.any() for param in model.parameters())
+    assert difference(model, large(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, batches, 1)) == 0
 
 
 def test_parameters_stand_still_inside_a_window():

@@ -100,6 +100,22 @@ def test_another_number_of_ranks_keeps_batch_rates_and_estimate(before, after, s
     assert moved.on_ranks(after) == moved
 
 
+@given(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2]), st.sampled_from([0.5, 1, 2, 4, 16]))
+def test_micro_batches_of_another_size_keep_batch_rates_and_estimate(steps, ranks, samples):
+    controller = learned(2, steps)
+    config = replace(controller.config, samples_per_micro_batch=samples)
+    moved = replace(controller, config=config).on_ranks(ranks)
+    assert moved.state.estimator == controller.state.estimator
+    kept, now = controller.state.accumulation_steps, moved.state.accumulation_steps
+    whole = kept * 2 * 4 / (ranks * samples)
+    assert now == min(max(round(whole), 1), config.max_accumulation_steps)
+    assert moved.batch(now) == pytest.approx(ranks * samples * now)
+    if whole == now:
+        assert moved.batch(now) == pytest.approx(controller.batch(kept))
+        assert moved.rates(now) == controller.rates(kept)
+    assert moved.on_ranks(ranks) == moved
+
+
 @given(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]))
 def test_moving_there_and_back_changes_nothing(before, after):
     """Unless the window had to be rounded."""
