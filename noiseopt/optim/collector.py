@@ -170,9 +170,10 @@ class GradientCollector:
                 ended, done = self._reduce(groups, flushing=True)
                 if ended.steps > 0:
                     yield ended
-        elif self._window.passed_over:
+        elif self._window.passed_over or self._put_off.keeps_unstepped:
+            held = len(self) + self._put_off.keeps_unstepped
             raise RuntimeError(
-                f"flush() in a window of which FSDP2 still holds {len(self)} micro-batches: call "
+                f"flush() in a window of which FSDP2 still holds {held} micro-batches: call "
                 "shorten_window() before the last one's forward, so that it is reduced with it"
             )
         elif self._window.alone:

@@ -75,6 +75,11 @@ class PutOff:
         return self._added_up > 1 and not self._of_sums
 
     @property
+    def keeps_unstepped(self) -> bool:
+        """Whether FSDP2 keeps gradients of a micro-batch that awaits its `step()`."""
+        return self.waits and self.unstepped and self._took
+
+    @property
     def holds(self) -> bool:
         """Whether FSDP2 may hold something of the open window."""
         return self.waits or self._spoiled or bool(self._kept)
@@ -160,7 +165,7 @@ class PutOff:
         Raises:
             RuntimeError: it does, together with the window's earlier ones.
         """
-        if self.waits and self.unstepped and self._took:
+        if self.keeps_unstepped:
             raise RuntimeError(
                 "zero_grad() without step() after a micro-batch inside optimizer.accumulate(): "
                 "FSDP2 keeps its gradient in the window's sum, out of which it cannot be taken; "

@@ -607,6 +607,8 @@ def thrown_away_before_its_step(rank):
         loss_of(net, third).backward()
     with pytest.raises(RuntimeError, match=r"zero_grad\(\) without step"):
         optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="FSDP2 still holds 1 micro-batches"):
+        optimizer.flush()
     optimizer.step()
     optimizer.zero_grad()
 
