@@ -22,13 +22,16 @@ class SampleCounts:
     def __init__(self, config: NoiseConfig, counting: bool) -> None:
         self._config = config
         self._told: list[tuple[float, float]] = []
+        self._bound: list[float | None] = []  # of backwards that have run, where they are seen
         self._taken = False
         self.counting = counting
 
     @property
     def are_told(self) -> bool:
         """Whether the loop says how many samples each micro-batch holds."""
-        return bool(self._told) or (self.counting and self._config.samples_per_micro_batch is None)
+        if self._told or any(samples is not None for samples in self._bound):
+            return True
+        return self.counting and self._config.samples_per_micro_batch is None
 
     def tell(self, samples: float, weight: float | None, begun: bool) -> None:
         """Take the count of the next micro-batch, and its weight if that is another.
@@ -55,6 +58,23 @@ class SampleCounts:
         self.counting = True
         self._told.append((float(samples), float(weight)))
 
+    def bind(self) -> None:
+        """Take the newest count for a backward that has run: earlier ones came to none.
+
+        If the one before it has none yet, it was told late: after its backward.
+        """
+        samples = self._told[-1][0] if self._told else None
+        self._told = []
+        if self._bound and self._bound[-1] is None:
+            self._bound[-1], samples = samples, None
+        self._bound.append(samples)
+
+    def unbind(self) -> None:
+        """Forget the counts of backwards that were thrown away, also one that was told late."""
+        if self._bound[-1:] == [None]:
+            self._told = []
+        self._bound = []
+
     def take(self) -> tuple[float, float, bool]:
         """Samples and weight of the micro-batch that is taken now, and whether they were told."""
         told = self._take_told()
@@ -78,7 +98,7 @@ class SampleCounts:
         Raises:
             ValueError: they were told of another number of them.
         """
-        counts = [samples for samples, _ in self._take_told()]
+        counts = self._take_bound() if self._bound else [each for each, _ in self._take_told()]
         if micro_batches == 1:
             counts = counts[-1:]
         if len(counts) not in (0, micro_batches):
@@ -92,7 +112,13 @@ class SampleCounts:
 
     def forget(self) -> None:
         """Forget what was told of micro-batches that are not to come."""
-        self._told = []
+        self._told, self._bound = [], []
+
+    def _take_bound(self) -> list[float]:
+        self.bind()  # what was told late of the last one, whose own place is dropped
+        self._taken = True
+        bound, self._bound = self._bound[:-1], []
+        return [samples for samples in bound if samples is not None]
 
     def _take_told(self) -> list[tuple[float, float]]:
         self._taken = True

@@ -25,18 +25,19 @@ class ClearingGuard:
     Args:
         engine: the engine; its own `zero_grad` is its class's affair.
         keeps_gradients: says at each call whether gradients are to stay.
-        optimizer_clears: called before the optimizer clears its gradients.
+        clears: called before gradients are cleared, with whether the optimizer does.
     """
 
     def __init__(
         self,
         engine: Any,
         keeps_gradients: Callable[[], bool],
-        optimizer_clears: Callable[[], None],
+        clears: Callable[[bool], None],
     ) -> None:
         optimizer, models = engine.optimizer, _whole_models(engine.module)
-        self._guards = [_Guarded(optimizer, keeps_gradients, optimizer_clears)]
-        self._guards += [_Guarded(model, keeps_gradients) for model in models]
+        of_model = partial(clears, False)
+        self._guards = [_Guarded(optimizer, keeps_gradients, partial(clears, True))]
+        self._guards += [_Guarded(model, keeps_gradients, of_model) for model in models]
         for guard in self._guards:
             vars(guard.owner)["zero_grad"] = guard
 
@@ -56,7 +57,7 @@ class _Guarded:
         self,
         owner: Any,
         keeps_gradients: Callable[[], bool],
-        clears: Callable[[], None] = lambda: None,
+        clears: Callable[[], None],
     ) -> None:
         there = vars(owner).get("zero_grad")
         self.owner, self._keeps, self._clears = owner, keeps_gradients, clears

@@ -70,6 +70,19 @@ class EngineControl:
         self.max_norm = max_norm
         self._wrapper.set_max_norm(max_norm)
 
+    @contextmanager
+    def clipping_as_configured(self) -> Iterator[None]:
+        """Have the engine clip at what its config says, as for a checkpoint that others load."""
+        adapted, ceiling = self.max_norm, self._settings.config.max_norm
+        if adapted == ceiling:
+            yield
+            return
+        self._wrapper.set_max_norm(ceiling)
+        try:
+            yield
+        finally:
+            self._wrapper.set_max_norm(adapted)
+
     @property
     def stretches_schedule(self) -> bool:
         """Whether longer windows stretch the engine's schedule."""

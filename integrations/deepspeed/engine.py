@@ -79,7 +79,7 @@ class NoiseAwareEngine(DeepSpeedEngine):  # type: ignore[misc]
 
     def zero_grad(self) -> None:
         """Clear gradients, but not those of an open window, which its update is to take."""
-        if self.noise_aware is None or not self.noise_aware.keeps_gradients():
+        if self.noise_aware is None or self.noise_aware.lets_clear():
             super().zero_grad()
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
@@ -131,9 +131,11 @@ class NoiseAwareEngine(DeepSpeedEngine):  # type: ignore[misc]
     ) -> Any:
         """Save a checkpoint, with what was measured and decided in its client state."""
         state = dict(client_state or {})
-        if self.noise_aware is not None:
-            state[SECTION] = self.noise_aware.state_dict()
-        return super().save_checkpoint(save_dir, tag, state, *args, **kwargs)
+        if self.noise_aware is None:
+            return super().save_checkpoint(save_dir, tag, state, *args, **kwargs)
+        state[SECTION] = self.noise_aware.state_dict()
+        with self.noise_aware.saving():
+            return super().save_checkpoint(save_dir, tag, state, *args, **kwargs)
 
     def load_checkpoint(
         self,
@@ -207,7 +209,8 @@ def _refuse_open_window(noise: EngineNoise) -> None:
         raise RuntimeError(
             f"load_checkpoint() after {noise.taken} of {noise.accumulation_steps} micro-batches of "
             "a window, whose gradients DeepSpeed would keep: call it where "
-            "engine.was_step_applied()"
+            "engine.was_step_applied(), or after optimizer.zero_grad() in place of the step, where "
+            "that throws them away (at stage 2 in windows of 1 only)"
         )
 
 

@@ -79,12 +79,19 @@ class LeafNorms:
         if measured:
             norms = torch.stack([self._joined(index) for index in range(self._num_groups)])
         self.norms.append(norms)
-        self.factors.append(moved(factors[0], norms.device, norms.dtype))
+        self.factors.append(moved(factors[0].reshape(()), norms.device, norms.dtype))
         self._arrived.clear()
 
     def held(self) -> int:
         """How many parameters hold a gradient that counts."""
         return 0 if self.spent else sum(param.grad is not None for param in self._params)
+
+    def holds_any(self) -> bool:
+        """Whether a window to be measured would begin with gradients that are not zero."""
+        if self.spent or not self._listens:
+            return False
+        grads = [grad for param in self._params if (grad := param.grad) is not None]
+        return any(bool(grad.norm() != 0) for grad in grads)
 
     def marks(self) -> Sequence[tuple[int, ...]]:
         """What changes as soon as a gradient is edited; empty where that makes no difference."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from noiseopt.integrations.deepspeed.control import EngineControl
 from noiseopt.integrations.deepspeed.leaves import LeafNorms
+from noiseopt.integrations.deepspeed.wrappers import Wrapper
 
 KEEPS_LAST_ONLY = (1, 2)  # stages that lose all but the last of several backwards in one step
 SUMS_ANEW = 3  # the stage whose zero_grad() has the next backward forget the window's earlier ones
@@ -20,18 +21,26 @@ class LoopWatch:
 
     Args:
         engine: the engine.
+        wrapper: of its optimizer.
         leaves: what its backwards have brought.
         control: knows who says where windows end.
     """
 
-    def __init__(self, engine: Any, leaves: LeafNorms, control: EngineControl) -> None:
-        self._engine, self._leaves, self._control = engine, leaves, control
+    def __init__(
+        self, engine: Any, wrapper: Wrapper, leaves: LeafNorms, control: EngineControl
+    ) -> None:
+        self._engine, self._wrapper = engine, wrapper
+        self._leaves, self._control = leaves, control
         self._told: set[str] = set()
         self.begin_window()
 
     def begin_window(self) -> None:
         """Count calls from here."""
         self._calls = 0  # of engine.step
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """Take the open window to have had no backward yet."""
         self._stepped = 0  # backward passes before the last of them, which left their gradients
         self._held = 0  # parameters with a gradient then
         self._brought = 0  # those after the last backward
@@ -39,10 +48,13 @@ class LoopWatch:
         self._lost = False  # whether one of those went
         self._edited = False  # whether one was changed between a backward and what came next
         self._cleared = False  # whether a sum that is kept elsewhere is begun anew
+        self._left_over = False  # whether there were gradients before its first backward
+        self._thrown = False  # whether all of them were thrown away since the last backward
 
     def begin_step(self) -> None:
         """Count a call of `engine.step`, which is to come."""
         self._calls += 1
+        self._thrown = False  # of what was reduced in the backward the step may make an update
         self._stepped, self._held = len(self._leaves), self._leaves.held()
         self._see_edits()
         self._lost |= self._leaves.spent and self._cleared
@@ -56,10 +68,12 @@ class LoopWatch:
         """
         left = self._brought if self._control.loop_ends_windows else self._held
         self._lost |= self._cleared or (left > 0 and self._leaves.held() < left)
+        self._left_over |= len(self._leaves) == 0 and self._leaves.holds_any()
         self._see_edits()
 
     def end_backward(self) -> None:
         """See what it has left for the step to come."""
+        self._thrown = False
         self._brought = self._leaves.held()
         self.end_reduction()
 
@@ -71,10 +85,25 @@ class LoopWatch:
         """See that the loop sets a gradient."""
         self._edited |= len(self._leaves) > 0
 
-    def see_clearing(self) -> None:
-        """See that the optimizer clears gradients: those that it keeps elsewhere, too."""
+    def see_clearing(self, by_optimizer: bool) -> None:
+        """See that gradients are cleared: by the optimizer those that it keeps elsewhere, too."""
+        if len(self._leaves) == 0:
+            return
         anew = self._leaves.spent or int(self._engine.zero_optimization_stage()) == SUMS_ANEW
-        self._cleared |= anew and len(self._leaves) > 0
+        self._cleared |= anew and by_optimizer
+        steps = self._engine.gradient_accumulation_steps()
+        own = self._control.loop_ends_windows
+        self._thrown |= not own and self._wrapper.throws_away(by_optimizer, steps)
+
+    @property
+    def threw_away(self) -> bool:
+        """Whether the loop has thrown away all gradients of the open window, none by a step."""
+        return self._thrown and self._leaves.held() == 0
+
+    @property
+    def begins_again(self) -> bool:
+        """Whether a backward now is the window's first, as those before it were thrown away."""
+        return self.threw_away and self._stepped == 0
 
     def _see_edits(self) -> None:
         self._edited |= len(self._leaves) > 0 and self._marks != self._leaves.marks()
@@ -138,6 +167,14 @@ class LoopWatch:
                 "a parameter's gradient came in parts or unread, as where it is used inside and "
                 "outside of a reentrant checkpoint: windows with one are not measured; use "
                 "checkpoint(use_reentrant=False), and a newer torch",
+            )
+            return False
+        if self._left_over:
+            self._tell_here(
+                "left over",
+                "there were gradients before a window's first engine.backward(), as of one that "
+                "raised: its update has them too, and such windows are not measured; call "
+                "engine.zero_grad() after a backward that raised",
             )
             return False
         if not self._control.loop_ends_windows and passes != self._calls:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ class EngineNoise(NoiseReadings):
         self._adaptation.settings = lambda: settings_of(self._wrapper.basic)
         self._leaves = LeafNorms(self._groups, device, self._wrapper.spends_grad)
         self._control = EngineControl(engine, self._wrapper, settings)
-        self._loop = LoopWatch(engine, self._leaves, self._control)
+        self._loop = LoopWatch(engine, self._wrapper, self._leaves, self._control)
         self._window = EngineWindow(
             engine, self._wrapper, self._leaves, self._loop, self._adaptation
         )
@@ -69,7 +69,7 @@ class EngineNoise(NoiseReadings):
         )
         self._parts_of_losses: list[Tensor] = []  # of the open window's, which the loop has divided
         self._ended: tuple[Row, float] | None = None  # a window's row, and the user's rate in it
-        self._guard = ClearingGuard(engine, self.keeps_gradients, self._loop.see_clearing)
+        self._guard = ClearingGuard(engine, self._loop.keeps_gradients, self._loop.see_clearing)
         params = [param for params in self._groups for param in params]
         self._setters = SetterWatch(engine.optimizer, params, self._loop.see_setter)
         self._started = self.tells_samples = False
@@ -117,11 +117,12 @@ class EngineNoise(NoiseReadings):
 
     @property
     def taken(self) -> int:
-        """Micro-batches that the open window has had."""
-        return len(self._leaves)
+        """Micro-batches that the open window has had, without those that were thrown away."""
+        return 0 if self._loop.threw_away else len(self._leaves)
 
     def detach(self) -> None:
         """Stop measuring: remove every hook."""
+        self._drop_thrown_away()
         self._lengths.tell_of_rest()
         self._leaves.detach()
         self._guard.remove()
@@ -134,11 +135,19 @@ class EngineNoise(NoiseReadings):
             RuntimeError: it has begun, or the loop says where windows end.
             ValueError: it would not be shorter.
         """
+        self._drop_thrown_away()
         self._lengths.shorten(steps)
 
-    def keeps_gradients(self) -> bool:
-        """Whether `zero_grad` is to leave gradients alone; see `LoopWatch.keeps_gradients`."""
-        return self._loop.keeps_gradients()
+    def lets_clear(self) -> bool:
+        """Whether the engine's `zero_grad` is to clear gradients, as it will then."""
+        keeps = self._loop.keeps_gradients()
+        if not keeps:
+            self._loop.see_clearing(by_optimizer=False)
+        return not keeps
+
+    def saving(self) -> AbstractContextManager[None]:
+        """Keep out of a checkpoint what others would take for the user's."""
+        return self._control.clipping_as_configured()
 
     # ------------------------------------------------------------------ one window
 
@@ -150,15 +159,26 @@ class EngineNoise(NoiseReadings):
             loss: the loss.
             divided: whether the loop has divided it by the window's length.
         """
+        self._drop_thrown_away()
         self._loop.begin_backward()
         with self._leaves.reading(loss, self._adaptation.measures):
             yield
         self._loop.end_backward()
+        self._adaptation.samples.bind()
         if divided:
             self._parts_of_losses.append(loss.detach().clone())
             self._lengths.loop_divides = True
         else:
             self._adaptation.losses.tell(loss)
+
+    def _drop_thrown_away(self) -> None:
+        """Take a window that begins again to have had nothing."""
+        if self._loop.begins_again:
+            self._leaves.clear()
+            self._parts_of_losses.clear()
+            self._adaptation.losses.forget()
+            self._adaptation.samples.unbind()
+            self._loop.begin_again()
 
     def lead(self, set_window: Callable[[int], None]) -> None:
         """Have a loop that says where windows end make each as long as was decided.
@@ -272,7 +292,7 @@ class EngineNoise(NoiseReadings):
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain numbers. An open window is left behind, and counted."""
-        dropped = len(self._leaves)
+        dropped = self.taken
         if dropped and not self._warned_of_open_window:
             self._warned_of_open_window = True
             self._adaptation.ranks.warn(

@@ -72,6 +72,15 @@ class Wrapper:
         if hasattr(self.optimizer, "clip_grad"):
             self.optimizer.clip_grad = clip
 
+    def throws_away(self, by_optimizer: bool, steps: int) -> bool:
+        """Whether `zero_grad` leaves nothing of an open window's gradients in updates to come.
+
+        Args:
+            by_optimizer: whether it is the optimizer's; if not, the engine's or the model's.
+            steps: the window's length.
+        """
+        return True
+
     @property
     def takes_norm(self) -> bool:
         """Whether an update can be lent the mean's norm, which DeepSpeed would read again."""
@@ -146,6 +155,12 @@ class ShardedWrapper(Wrapper):
 
     sharded = True
 
+    def throws_away(self, by_optimizer: bool, steps: int) -> bool:
+        """Not where it is added to sums kept elsewhere: at stage 2 those of longer windows."""
+        optimizer = self.optimizer
+        keeps_sums = optimizer.cpu_offload or optimizer.use_separate_grad_accum
+        return not keeps_sums and (steps == 1 or not optimizer.partition_gradients)
+
     @property
     def takes_norm(self) -> bool:
         """Not where gradients are offloaded: their norms are known from the backward."""
@@ -173,6 +188,10 @@ class Stage3Wrapper(Wrapper):
     """ZeRO stage 3, whose groups are split into sub-groups."""
 
     sharded = True
+
+    def throws_away(self, by_optimizer: bool, steps: int) -> bool:
+        """The optimizer's only, after which sums are begun anew."""
+        return by_optimizer
 
     @property
     def takes_norm(self) -> bool:
@@ -216,6 +235,10 @@ class Bf16Wrapper(Wrapper):
 
     sharded = True
     spends_grad = True
+
+    def throws_away(self, by_optimizer: bool, steps: int) -> bool:
+        """The optimizer's only, which clears the sums."""
+        return by_optimizer
 
     def params(self) -> Groups:
         """The model's own parameters in each group."""

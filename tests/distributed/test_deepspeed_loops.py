@@ -168,6 +168,25 @@ def other_loads(rank, folder):
     return fresh, plain, from_plain, went_on
 
 
+def loaded_by_others(rank, folder, **settings):
+    """Saved with a learned clipping threshold, at first in vain; loaded without the section."""
+    engines.set_up(rank)
+    config = config_of(**ADAPTIVE, **settings)
+    with engine_of(config) as engine:
+        step(engine, cast(engine, batches_of(1, rank)[0]))
+        engine.noise_aware._control.set_max_norm(0.5)
+        before = facts(engine)["clip"]
+        with pytest.raises(ValueError, match="save_dir"):
+            engine.save_checkpoint("")
+        engine.save_checkpoint(folder)
+        after = facts(engine)["clip"]
+    with engine_of(config | {"noise_aware": {"enabled": False}}) as engine:
+        built = engine.gradient_clipping(), getattr(engine.optimizer, "clip_grad", None)
+        engine.load_checkpoint(folder)
+        loaded = engine.gradient_clipping(), getattr(engine.optimizer, "clip_grad", None)
+    return before, after, built, loaded
+
+
 # ------------------------------------------------------------------ schedules
 
 
@@ -578,6 +597,9 @@ CASES = {
     **{f"resumed {s} offload": (resumed_run, {"stage": s, "client": True}) for s in (2, 3)},
     "other loads": (other_loads, {}),
     **{f"plain load {s}": (plain_load, {"stage": s}) for s in STAGES},
+    **{f"others {s}": (loaded_by_others, {"stage": s}) for s in STAGES},
+    "others 2 bf16": (loaded_by_others, {"stage": 2, "bf16": True}),
+    "others 1 fp32 sums": (loaded_by_others, {"stage": 1, "bf16": True, **FP32_SUMS}),
     **{f"schedule {word}": (scheduled_run, {"schedule": word}) for word in ("samples", "updates")},
     **{f"boundary {s}": (owned_run, {"way": "boundary", "stage": s}) for s in STAGES},
     **{f"unmanaged {s}": (owned_run, {"way": "unmanaged", "stage": s}) for s in STAGES},
@@ -618,7 +640,7 @@ CASES = {
 }
 OWNED = [name for name, (case, _) in CASES.items() if case is owned_run]
 IN_FOLDERS = (resumed_run, loaded_inside, saved_inside, other_loads, plain_load)
-IN_FOLDERS += (monitored, drawn, logged)
+IN_FOLDERS += (loaded_by_others, monitored, drawn, logged)
 
 
 @pytest.fixture(scope="module")
@@ -676,6 +698,15 @@ def test_adams_updates_before_the_section_was_switched_on_are_counted(ranks, sta
     for loaded, went_on in result(ranks, f"plain load {stage}"):
         assert loaded == [5, 5]
         assert went_on == [6, 6]
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("others")])
+def test_a_learned_clipping_threshold_does_not_reach_engines_without_the_section(ranks, name):
+    for before, after, built, loaded in result(ranks, name):
+        assert before[0] == 0.5
+        assert after == before
+        assert built[0] == ADAPTIVE["gradient_clipping"]
+        assert loaded == built
 
 
 def test_a_schedule_follows_the_samples(ranks):
