@@ -34,7 +34,7 @@ class Edits:
     def watch(self, param: Tensor) -> None:
         """Look at what hooks will do to this parameter's gradient in the pass that runs."""
         hooks: Any = param._post_accumulate_grad_hooks
-        if not hooks or only_read(hooks, list(hooks)):
+        if not hooks or only_read(hooks, hooks):
             return
         if param not in self._around:
             self.hooks.add(lambda: self._stand_around(param))

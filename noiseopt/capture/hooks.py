@@ -4,7 +4,7 @@ They stay up where nothing is to be read: to put one up takes ten times as long 
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -101,9 +101,11 @@ def stands_last(handle: Any) -> bool:
     return only_read(hooks, ids[ids.index(own) + 1 :])
 
 
-def only_read(hooks: Any, ids: Sequence[int]) -> bool:
+def only_read(hooks: Any, ids: Collection[int]) -> bool:
     """Whether these among some hooks are ours, or others known to leave gradients as they came."""
-    return all(own in _standing or _is_known(hooks.get(own)) for own in ids)
+    return _standing.issuperset(ids) or all(
+        own in _standing or _is_known(hooks.get(own)) for own in list(ids)
+    )
 
 
 def _is_known(hook: Any) -> bool:
