@@ -285,17 +285,26 @@ class Adaptation(Decides):
             )
         self.steps = steps
 
-    def set_window(self, steps: int) -> None:
-        """Take windows to be so long, where someone else makes them."""
+    def set_window(self, steps: int, is_reference: bool = False) -> None:
+        """Take windows to be so long, where someone else makes them.
+
+        Args:
+            steps: their length.
+            is_reference: whether it is what the user's rates are for.
+        """
         state = replace(self._controller.state, accumulation_steps=steps, kept_steps=steps)
+        if is_reference:
+            state = replace(state, reference_steps=float(steps))
         self._controller = replace(self._controller, state=state)
         self._open_window()
         self._begin()
 
-    def keep_window(self, steps: int) -> None:
+    def keep_window(self, steps: int, is_reference: bool = False) -> None:
         """Decide on windows of that length only, where someone else makes them.
 
-        In a run's first window: it is also what the user's rates were chosen for.
+        Args:
+            steps: their length.
+            is_reference: whether it is what the user's rates are for, as in a run's first window.
         """
         self.config = replace(
             self.config,
@@ -303,11 +312,8 @@ class Adaptation(Decides):
             min_accumulation_steps=steps,
             max_accumulation_steps=steps,
         )
-        state = self._controller.state
-        if self._num_windows == 0:
-            state = replace(state, reference_steps=float(steps))
-        self._controller = replace(self._controller, config=self.config, state=state)
-        self.set_window(steps)
+        self._controller = replace(self._controller, config=self.config)
+        self.set_window(steps, is_reference or self._num_windows == 0)
 
     def _open_window(self) -> None:
         """Fix what the next window uses, so that nothing changes inside it."""

@@ -295,10 +295,12 @@ class Agreement:
                 )
             if left > TOLERANCE:
                 raise RuntimeError(
-                    "gradients were averaged over ranks between backward() and step(), where the "
-                    "ranks' own, which show the noise, are not told apart from them: wrap the "
-                    "model in DistributedDataParallel, or leave that to the optimizer, by "
-                    "NoiseConfig(gradients='local'); an update may have been made with them already"
+                    "what the backward had left in p.grad differed between ranks, and what step() "
+                    "found did not: where the loop averages gradients in between, the ranks' own, "
+                    "which show the noise, are not told apart from the mean; have "
+                    "DistributedDataParallel average those of every parameter, or the optimizer, "
+                    "by NoiseConfig(gradients='local'); and give the parameters in one order on "
+                    "all ranks; an update may have been made with them already"
                 )
             if state > SAME:
                 self._follow_or_stop(told, together)

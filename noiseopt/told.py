@@ -1,11 +1,14 @@
 """What the loop tells of its micro-batches: their samples, their weights and their losses."""
 
+import logging
 import math
 
 import torch
 from torch import Tensor
 
 from noiseopt.control import NoiseConfig
+
+logger = logging.getLogger("noiseopt")
 
 
 class SampleCounts:
@@ -23,7 +26,8 @@ class SampleCounts:
         self._config = config
         self._told: list[tuple[float, float]] = []
         self._bound: list[float | None] = []  # of backwards that have run, where they are seen
-        self._taken = False
+        self._in_turn: list[float] = []  # all that were told for those
+        self._taken = self._warned = False
         self.counting = counting
 
     @property
@@ -64,6 +68,7 @@ class SampleCounts:
         If the one before it has none yet, it was told late: after its backward.
         """
         samples = self._told[-1][0] if self._told else None
+        self._in_turn += [each for each, _ in self._told]
         self._told = []
         if self._bound and self._bound[-1] is None:
             self._bound[-1], samples = samples, None
@@ -73,7 +78,7 @@ class SampleCounts:
         """Forget the counts of backwards that were thrown away, also one that was told late."""
         if self._bound[-1:] == [None]:
             self._told = []
-        self._bound = []
+        self._bound, self._in_turn = [], []
 
     def take(self) -> tuple[float, float, bool]:
         """Samples and weight of the micro-batch that is taken now, and whether they were told."""
@@ -112,12 +117,22 @@ class SampleCounts:
 
     def forget(self) -> None:
         """Forget what was told of micro-batches that are not to come."""
-        self._told, self._bound = [], []
+        self._told, self._bound, self._in_turn = [], [], []
 
     def _take_bound(self) -> list[float]:
         self.bind()  # what was told late of the last one, whose own place is dropped
         self._taken = True
         bound, self._bound = self._bound[:-1], []
+        told, self._in_turn = self._in_turn, []
+        if len(told) == len(bound):
+            return told  # maybe some ahead of their turn
+        if len(told) > len(bound) and not self._warned:
+            self._warned = True
+            logger.warning(
+                f"set_samples() was called {len(told)} times in a window of {len(bound)} "
+                "micro-batches: the newest before each backward counts, earlier ones are taken to "
+                "be of micro-batches that raised; call it right before each micro-batch"
+            )
         return [samples for samples in bound if samples is not None]
 
     def _take_told(self) -> list[tuple[float, float]]:

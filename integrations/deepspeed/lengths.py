@@ -59,8 +59,9 @@ class WindowLengths:
         """Open a window after a state was loaded, which may say another length than the engine."""
         self._engine.micro_steps = 0
         self._awaits_first = self._left and self._configured == 1
-        if not self._control.makes_windows and self._adaptation.steps != self._usual:
-            self._adaptation.set_window(self._usual)
+        is_fixed = self._left and self._configured > 1
+        if is_fixed or not (self._control.makes_windows or self._adaptation.steps == self._usual):
+            self._adaptation.set_window(self._usual, is_reference=is_fixed)
         self.open()
 
     def shorten(self, steps: int) -> None:
@@ -106,7 +107,7 @@ class WindowLengths:
         self._awaits_first = self._configured == 1
         if steps != self._configured:
             self._control.set_window(self._configured)
-        self._adaptation.keep_window(self._configured)
+        self._adaptation.keep_window(self._configured, is_reference=self._configured > 1)
         self._loop.tell(
             "the loop's windows",
             f"{why}: the loop says where windows end, so the engine leaves them as they are; "

@@ -1,19 +1,25 @@
 """Whether hooks of others change a gradient after it was accumulated in `p.grad`.
 
 What was read of it as it came is then not what is averaged or applied. Hooks that stand around
-theirs read its norm before and after them; where there are none of theirs, none of ours stand.
+theirs read its norm, and a few entries, before and after; where there are none of theirs, none of
+ours stand.
 """
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from noiseopt.capture.hooks import Hooks, only_read, weakly
 from noiseopt.capture.norms import Begun, begun_norm
+from noiseopt.capture.sharding import local
 
 _CLOSE = 1e-6  # relative; where hooks only look, both are the very same
+_FEW = 64  # entries that are compared too: a change of sign or order leaves the norm
+
+Looked = tuple[Begun, Tensor]
 
 
 class Edits:
@@ -27,8 +33,8 @@ class Edits:
         self.hooks = Hooks()
         self._first, self._last = weakly(self._read_before), weakly(self._read_after)
         self._around: dict[Tensor, Sequence[Any]] = {}
-        self._before: dict[Tensor, Begun | None] = {}  # None until it was read
-        self._pairs: list[tuple[Begun, Begun]] = []
+        self._before: dict[Tensor, Looked | None] = {}  # None until it was read
+        self._pairs: list[tuple[Looked, Looked]] = []
         self._removed = False
 
     def watch(self, param: Tensor) -> None:
@@ -46,7 +52,7 @@ class Edits:
         pairs, removed = self._pairs, self._removed
         self._before.clear()
         self._pairs, self._removed = [], False
-        return removed or not all(_is_same(*map(float, pair)) for pair in pairs)
+        return removed or not all(_is_same(*pair) for pair in pairs)
 
     def _stand_around(self, param: Any) -> Sequence[Any]:
         put = param.register_post_accumulate_grad_hook
@@ -66,7 +72,7 @@ class Edits:
 
     def _read_before(self, param: Tensor) -> None:
         if param in self._before and param.grad is not None:
-            self._before[param] = begun_norm(param.grad)
+            self._before[param] = _look_at(param.grad)
 
     def _read_after(self, param: Tensor) -> None:
         before = self._before.pop(param, None)
@@ -75,8 +81,16 @@ class Edits:
         if param.grad is None:
             self._removed = True
         else:
-            self._pairs.append((before, begun_norm(param.grad)))
+            self._pairs.append((before, _look_at(param.grad)))
 
 
-def _is_same(before: float, after: float) -> bool:
-    return math.isclose(before, after, rel_tol=_CLOSE) or (before != before and after != after)
+def _look_at(grad: Tensor) -> Looked:
+    held = local(grad)
+    few = held.reshape(-1)[:_FEW].clone() if held.layout == torch.strided else held.new_empty(0)
+    return begun_norm(grad), few
+
+
+def _is_same(before: Looked, after: Looked) -> bool:
+    (old, few), (new, same) = before, after
+    norms = math.isclose(old, new, rel_tol=_CLOSE) or bool(old != old and new != new)
+    return norms and torch.allclose(few, same.to(few.dtype), rtol=_CLOSE, atol=0, equal_nan=True)

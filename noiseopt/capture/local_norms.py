@@ -6,6 +6,7 @@ again at the step, shows the factor.
 """
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -40,6 +41,7 @@ class LocalNorms:
         self._summed = summed
         self._device = device_of(groups)
         self._with_grad: list[Tensor] = []
+        self._held: list[tuple[Tensor, weakref.ref[Tensor]]] = []  # a few, each with its gradient
         self._before: Tensor | None = None
         self.left: Tensor | None = None
         self.passes = BackwardPasses(groups, self._sample, reads)
@@ -93,7 +95,10 @@ class LocalNorms:
                 sums = self._summed(sums)
             # nan where the sample is all zeros: then nothing shows a factor.
             norms = norms * (sums[0] / sums[1])
-        known = len(self) == number and not self.passes.watch_more(groups)
+        more = self.passes.watch_more(groups)
+        # Where other ranks' backwards may have brought it, one here may be of what was before.
+        replaced = may_be_unused and any(grad() is not p.grad for p, grad in self._held)
+        known = len(self) == number and not more and not replaced
         self.clear()
         return norms if known else norms.new_full((number, norms.shape[1]), math.nan)
 
@@ -122,10 +127,12 @@ class LocalNorms:
     def clear(self) -> None:
         """Forget what was read."""
         self.passes.clear()
-        self._with_grad, self._before = [], None
+        self._with_grad, self._held, self._before = [], [], None
 
     def _sample(self) -> None:
         self._with_grad = [param for param in self.passes.watched if param.grad is not None]
+        few = sampled(self._with_grad)
+        self._held = [(p, weakref.ref(grad)) for p in few if (grad := p.grad) is not None]
         self._before = self._sum_of_squares() if self._with_grad else None
 
     def _sum_of_squares(self) -> Tensor:

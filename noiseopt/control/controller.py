@@ -71,7 +71,7 @@ class Controller:
         stays as it is.
         """
         state, config = self.state, self.config
-        samples = float(config.samples_per_micro_batch or 0.0)
+        samples = float(config.samples_per_micro_batch or state.samples_per_micro_batch)
         of_ranks = state.num_ranks / ranks if state.num_ranks and ranks else 1.0
         of_samples = state.samples_per_micro_batch / samples if samples else 1.0
         ratio = of_ranks * (of_samples or 1.0)

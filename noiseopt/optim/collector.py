@@ -226,13 +226,15 @@ class GradientCollector:
         self._window.leave_out(groups, samples, weight)
         return self._reduce(groups, late=True)[0] if closes else None
 
-    def refuse_thrown_away(self) -> None:
-        """Refuse to clear gradients of a micro-batch that is in the window's sum all the same.
+    def see_clearing(self) -> None:
+        """See that the loop clears gradients: those of backwards without a step are thrown away.
 
         Raises:
-            RuntimeError: it is, in FSDP2's hands.
+            RuntimeError: they are in the window's sum all the same, in FSDP2's hands.
         """
         self._put_off.refuse_thrown_away()
+        if self._local is not None and not self._ranks.sharded:
+            self._local.clear()
 
     def is_unstepped(self, groups: Groups) -> bool:
         """Whether the last micro-batch of `accumulate` was thrown away instead of stepped."""
@@ -275,8 +277,7 @@ class GradientCollector:
         if self._local is not None:
             self._own.note_averaged(self._adaptation.ddp_around(groups))
         takes_sums = self._of_sums or self._share is not None
-        left = None if self._local is None or self._share is not None else self._local.left
-        row = self._adaptation.agree(measured, at_once=takes_sums, left=left)
+        row = self._adaptation.agree(measured, at_once=takes_sums, left=self._left_alike(groups))
         if not takes_sums:
             return Ended(row, measured.norm, measured.scale, steps)
         row, scale = as_tensor(row), measured.scale
@@ -284,6 +285,11 @@ class GradientCollector:
             scale = self._ranks.data / row[WEIGHT]
             big_columns(row).mul_(scale.square())
         return Ended(row, norm_of_mean(row), scale, steps)
+
+    def _left_alike(self, groups: Groups) -> Tensor | None:
+        """What the backward has left in `p.grad`, where it must have left the same on all ranks."""
+        unused = any(map(finds_unused, self._adaptation.ddp_around(groups)))
+        return None if self._local is None or self._ranks.sharded or unused else self._local.left
 
     def _reduce(self, groups: Groups, **how: bool) -> tuple[Ended, bool]:
         row, steps, done = reduce_window(self._window, groups, self._adaptation, **how)

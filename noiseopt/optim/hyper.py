@@ -67,7 +67,8 @@ def _like(own: Any, value: Any) -> Any:
         return tuple(map(_like, own, value))
     if isinstance(own, Tensor):
         return torch.full_like(own, value)
-    return type(own)(value) if isinstance(own, int | float) else value  # counts stay whole
+    is_count = isinstance(own, int) and not isinstance(own, bool) and float(value).is_integer()
+    return int(value) if is_count else value
 
 
 def _is_plain(value: object) -> bool:

@@ -9,6 +9,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any, ClassVar
 
 import torch
@@ -69,6 +70,8 @@ class NoiseAware(AppliesMeans):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.__signature__ = _signature(cls)  # type: ignore[attr-defined]
+        if "zero_grad" not in cls.__dict__:
+            cls.zero_grad = _clearing(cls.zero_grad)  # type: ignore[method-assign]
 
     def _begin(self) -> None:
         """Set up measuring for the parameters and the numbers that the groups hold."""
@@ -186,20 +189,6 @@ class NoiseAware(AppliesMeans):
                 windows += 1
         return windows > 0
 
-    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        """Clear gradients, as the torch optimizer does.
-
-        Args:
-            args: what that takes, as `set_to_none`.
-            kwargs: the same.
-
-        Raises:
-            RuntimeError: that is to throw away a micro-batch of `accumulate` which FSDP2 keeps.
-        """
-        if self._adaptation:
-            self._collector.refuse_thrown_away()
-        super().zero_grad(*args, **kwargs)
-
     # ------------------------------------------------------------------ the step
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -279,6 +268,21 @@ class NoiseAware(AppliesMeans):
         self._logged = True
         level = logging.INFO if can_measure(adaptation) else logging.WARNING
         logger.log(level, "%s", self._describe(adaptation))
+
+
+def _clearing(theirs: Callable[..., None]) -> Callable[..., None]:
+    """A torch optimizer's own `zero_grad`, with its own arguments, which is seen before it runs."""
+    if hasattr(theirs, "is_seen"):
+        return theirs
+
+    @wraps(theirs)
+    def zero_grad(self: NoiseAware, *args: Any, **kwargs: Any) -> None:
+        if self._adaptation:
+            self._collector.see_clearing()
+        theirs(self, *args, **kwargs)
+
+    zero_grad.is_seen = True  # type: ignore[attr-defined]
+    return zero_grad
 
 
 def _signature(cls: type[NoiseAware]) -> inspect.Signature:

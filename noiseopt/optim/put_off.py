@@ -131,7 +131,7 @@ class PutOff:
         It may have it of a block before, where a micro-batch has several; not in windows of one,
         where that is in `p.grad`, for the loop to zero.
         """
-        has_some = self.unstepped and self._adaptation.steps > 1
+        has_some = self.unstepped and self._took and self._adaptation.steps > 1
         try:
             with forgotten_if_it_raises(self.forget):
                 yield

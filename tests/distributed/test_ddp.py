@@ -280,6 +280,23 @@ def averaged_by_the_loop(rank, accumulation):
     return str(caught.value)
 
 
+def head_thrown_away(rank, throws, clear):
+    """An optimizer of a head that one rank may not use, after a micro-batch that is thrown away."""
+    net = TwoHeads().double()
+    wrapped = DistributedDataParallel(net, find_unused_parameters=True)
+    head = NoiseAwareAdamW(net.heads[0].parameters(), lr=LR, noise=measured(1))
+    for index, (inputs, targets) in enumerate(part(draw(6 * RANKS), rank)):
+        bad, used = index in (1, 3), 0 if rank == 0 or index != 4 else 1
+        if bad and not throws:
+            continue
+        loss = (wrapped(inputs, used) - targets).square().mean() * (100 if bad else 1)
+        loss.backward()
+        if not bad:
+            head.step()
+        (head if bad and clear == "optimizer" else net).zero_grad()
+    return weights_of(net), [window.norms for window in windows_of(head)]
+
+
 def unsynchronised_step(rank):
     net = build()
     wrapped = DistributedDataParallel(net)
@@ -833,6 +850,8 @@ CASES = {
     "uneven": uneven_weights,
     "sums": summed_losses,
     "unsynchronised": unsynchronised_step,
+    **{f"head, {throws}, {clear}": functools.partial(head_thrown_away, throws=throws, clear=clear)
+       for throws in (True, False) for clear in ("optimizer", "model")},
     **{f"by the loop, {how}": functools.partial(averaged_by_the_loop, accumulation=how)
        for how in ("internal", "external")},
     "unsynchronised later": unsynchronised_later,
@@ -1061,10 +1080,26 @@ def test_summed_losses_are_divided_by_the_samples_of_all(ranks):
     assert window.small_batch == pytest.approx(14 / 4)
 
 
+@pytest.mark.parametrize("clear", ["optimizer", "model"])
+def test_what_was_thrown_away_is_in_no_norm_of_a_rank_that_uses_nothing(ranks, clear):
+    """Where the model clears it, that window is not measured."""
+    thrown, kept = (result(ranks, f"head, {throws}, {clear}") for throws in (True, False))
+    for (weights, norms), (wanted, right) in zip(thrown, kept, strict=True):
+        assert torch.equal(weights, wanted)
+        assert all(each.small_sq for each in right)
+        if clear == "model":
+            assert norms[2].small_sq == ()
+            norms[2] = right[2]
+        assert norms == right
+
+
 @pytest.mark.parametrize("accumulation", ["internal", "external"])
 def test_gradients_that_the_loop_averages_itself_are_refused(ranks, accumulation):
     for message in result(ranks, f"by the loop, {accumulation}"):
-        assert "averaged over ranks between" in message or "averages gradients by itself" in message
+        assert (
+            "the loop averages gradients in between" in message
+            or "averages gradients by itself" in message
+        )
 
 
 def test_a_step_on_unsynchronised_gradients_is_an_error_on_every_rank(ranks):

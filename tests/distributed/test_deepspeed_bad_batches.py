@@ -213,6 +213,20 @@ def told(rank, steps, backwards, late=False):
         return [window.norms.samples for window in windows(engine)]
 
 
+def told_ahead(rank, ahead):
+    """Counts of 1, 2, ... that are told as batches are fetched, some before it is their turn."""
+    engines.set_up(rank)
+    with Warnings() as texts, engine_of(config(1, steps=2)) as engine:
+        fetched = 0
+        for index, batch in enumerate(batches_of(4, rank)):
+            while fetched < {"windows": index // 2 * 2 + 2, "one": index + 2}[ahead]:
+                fetched += 1
+                engine.noise_aware.set_samples(fetched)
+            backward(engine, batch)
+            engine.step()
+        return [window.norms.samples for window in windows(engine)], texts
+
+
 def left_out(rank):
     """One rank leaves the fifth backward out, and calls step()."""
     runs = [(not (rank == 0 and index == 4), True) for index in range(6)]
@@ -281,6 +295,7 @@ CASES = {
     },
     **{f"came with {each}": functools.partial(came_with_gradients, value=each) for each in (0, 1)},
     "left out": left_out,
+    **{f"ahead by {by}": functools.partial(told_ahead, ahead=by) for by in ("windows", "one")},
     "failed": functools.partial(
         told, steps=2, backwards=[(True, True)] * 3 + [(False, False), (True, True)]
     ),
@@ -374,6 +389,18 @@ def test_a_count_without_a_backward_is_of_no_micro_batch(ranks):
         assert second == 4 + 6 + (4 + 5 + 6)
     for seen in result(ranks, "failed"):
         assert seen == [2 * (1 + 2), 2 * (3 + 5)]
+
+
+def test_the_counts_of_a_window_may_come_before_it(ranks):
+    for seen, texts in result(ranks, "ahead by windows"):
+        assert seen == [2 * (1 + 2), 2 * (3 + 4)]
+        assert not texts
+
+
+def test_more_counts_than_micro_batches_are_told(ranks):
+    for _, texts in result(ranks, "ahead by one"):
+        (text,) = texts
+        assert "set_samples() was called 3 times in a window of 2 micro-batches" in text
 
 
 def test_a_count_may_come_between_backward_and_step(ranks):

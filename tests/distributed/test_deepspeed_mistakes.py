@@ -81,8 +81,34 @@ def resumed_by_the_loop(rank, folder):
             window(engine, batches_of(2, rank, seed=2))
             window(engine, batches_of(2, rank, seed=3))
             decision = engine.noise_aware.decision
+            assert engine.noise_aware._adaptation.state.reference_steps == 2
             seen[mode] = loaded, engine.gradient_accumulation_steps(), decision.batch
     return seen
+
+
+def resumed_in_other_parts(rank, folder):
+    """Saved in windows of 2 x 4 samples, by the engine or by the loop, it goes on with 8 x 1."""
+    engines.set_up(rank)
+    found = []
+    for loops in (False, True):
+        for micro_batch, steps in ((4, 2), (1, 8)):
+            config = config_of(1, steps=steps, train_micro_batch_size_per_gpu=micro_batch)
+            with engine_of(config) as engine:
+                if steps == 8:
+                    engine.load_checkpoint(f"{folder} {loops}")
+                parts = [each[:micro_batch] for each in batches_of(1, rank)[0]]
+                for index in range(steps):
+                    if loops:
+                        engine.set_gradient_accumulation_boundary(index == steps - 1)
+                    backward(engine, parts)
+                    if not loops:
+                        engine.step()
+                if loops:
+                    engine.step()
+                engine.save_checkpoint(f"{folder} {loops}")
+                noise = engine.noise_aware
+                found.append((noise.accumulation_steps, noise._adaptation.state.reference_steps))
+    return found
 
 
 def no_optimizer(rank, stage):
@@ -663,7 +689,9 @@ def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mistakes")
     resumed = functools.partial(resumed_by_the_loop, folder=str(folder / "saved"))
     length = functools.partial(resumed_length, folder=str(folder / "length"))
-    return run_on_ranks(CASES | {"resumed": resumed, "resumed length": length}, folder)
+    parts = functools.partial(resumed_in_other_parts, folder=str(folder / "parts"))
+    resuming = {"resumed": resumed, "resumed length": length, "resumed in parts": parts}
+    return run_on_ranks(CASES | resuming, folder)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("skipped")])
@@ -679,6 +707,11 @@ def test_ranks_apply_the_same_rates_however_many_backwards_each_had(ranks):
     (first, long, short), (second, *_) = result(ranks, "uneven")
     assert long != pytest.approx(short, rel=0.05)
     assert torch.equal(first, second)
+
+
+def test_micro_batches_of_another_size_make_the_same_batch(ranks):
+    for found in result(ranks, "resumed in parts"):
+        assert found == [(2, 2.0), (8, 8.0)] * 2
 
 
 def test_windows_that_the_loop_ends_resume_at_another_length(ranks):

@@ -628,6 +628,20 @@ def skipped_before_its_backward(rank, at):
     return optimizer.num_updates, weights_of(net)
 
 
+def raised_after_skipping(rank):
+    """A forward raises where FSDP2 has nothing of it, nor of the micro-batch before."""
+    net = shard(build())
+    optimizer = NoiseAwareSGD(net.parameters(), lr=0.1, noise=measured(2))
+    batches = part(draw(3 * RANKS), rank)
+    loop(optimizer, net, batches[:1])
+    with optimizer.accumulate(net):
+        loss_of(net, batches[1])
+    with suppress(ValueError), optimizer.accumulate(net):
+        raise ValueError("a bad sample")
+    loop(optimizer, net, batches[2:])
+    assert optimizer.applied
+
+
 def raised_between_blocks(rank):
     """The second block of a micro-batch raises before its backward; the first one's stays."""
     net = shard(build())
@@ -955,6 +969,7 @@ CASES = {
     "raised before": raised_before,
     "raised between blocks": raised_between_blocks,
     "thrown away before its step": thrown_away_before_its_step,
+    "raised after skipping": raised_after_skipping,
     **{
         f"skipped at {at}": functools.partial(skipped_before_its_backward, at=at)
         for at in (2, 3, 4)
@@ -1358,6 +1373,7 @@ def test_parameters_beside_the_sharded_ones_may_be_averaged_by_hand(ranks):
         "left behind, external",
         "raised between blocks",
         "thrown away before its step",
+        "raised after skipping",
         "flushed after raising",
         "left by few",
         "no last backward",

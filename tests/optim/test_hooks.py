@@ -132,6 +132,7 @@ EDITS = {
     "anew": lambda param: setattr(param, "grad", param.grad * 0.5),
     "away": lambda param: setattr(param, "grad", None),
     "a little": lambda param: param.grad[0].mul_(0.999),
+    "of sign": lambda param: param.grad.neg_(),
     "to what is finite": lambda param: param.grad.nan_to_num_(),
 }
 LOOKS = {

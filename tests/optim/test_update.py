@@ -10,7 +10,14 @@ from noiseopt.capture import window
 from noiseopt.capture.tally import _DeviceTally
 from noiseopt.control import Rates
 from noiseopt.optim import update
-from noiseopt.optim.hyper import EXCESSES, UPDATES, numbers_after, scaled_values
+from noiseopt.optim.hyper import (
+    EXCESSES,
+    UPDATES,
+    numbers_after,
+    scaled_values,
+    settings_of,
+    values_from,
+)
 from tests.optim.helpers import (
     PAIRS,
     build,
@@ -386,3 +393,16 @@ def test_a_flushed_window_is_applied_at_the_rates_of_its_own_length():
     assert optimizer.flush()
     for old, grad, param in zip(before, grads, model.parameters(), strict=True):
         assert (param - (old - 0.1 * grad)).abs().max() <= 1e-15
+
+
+def test_settings_of_another_rank_are_taken_as_they_are():
+    """Of the kinds that this rank's are, where that loses nothing."""
+    theirs = torch.optim.SGD(
+        build().parameters(), lr=0.1, momentum=0.5, weight_decay=0, nesterov=True
+    )
+    ours = torch.optim.SGD(build().parameters(), lr=1, momentum=0.9, weight_decay=1, nesterov=True)
+    (values,) = values_from(settings_of(theirs), ours.param_groups)
+    wanted = {"lr": 0.1, "momentum": 0.5, "weight_decay": 0, "nesterov": True}
+    assert {name: values[name] for name in wanted} == wanted
+    assert isinstance(values["weight_decay"], int)
+    assert values["nesterov"] is True

@@ -199,6 +199,12 @@ def test_classes_that_name_arguments_in_their_own_way_are_made_aware():
     assert difference(model, large(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, batches, 1)) == 0
 
 
+def test_what_zero_grad_takes_can_be_asked_as_of_torchs():
+    """As Accelerate asks before it passes `set_to_none` on."""
+    for made in (NoiseAwareAdamW, NoiseAwareSGD, type("Own", (NoiseAwareAdamW,), {})):
+        assert list(inspect.signature(made.zero_grad).parameters) == ["self", "set_to_none"]
+
+
 def test_parameters_stand_still_inside_a_window():
     model, batches = build(), draw(3)
     optimizer = NoiseAwareAdamW(model.parameters(), noise=advise(4))
