@@ -7,7 +7,6 @@ see the same data or draw the same random numbers, which they should not: see `s
 
 import logging
 import math
-import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,18 +25,15 @@ from noiseopt.capture import (
     plain_norms,
     squared_norms,
 )
-from noiseopt.distributed import DIGESTS, Ranks, digest, refuse_differing, spread
+from noiseopt.distributed import Ranks, digest, refuse_differing, spread
 from noiseopt.parallel import DDPModules, finds_unused, ranks_of, refuse_join
+from noiseopt.random_draws import RandomDraws
 from noiseopt.suspicions import Suspicions
 
 TOLERANCE = 1e-12  # of the relative variance of the mean gradient's squared norm
 SAME = 1e-14  # what rounding leaves of the relative variance of equal numbers
 TINY = 1e-30  # a squared norm; of smaller ones squares in fp32 may be zero
 WINDOWS_AT_ONCE = 20  # of a run's first; mistakes in a loop show there
-# After those the random state, which takes a while to read, is looked at in two of so many windows.
-# Their distances have no common divisor: what draws once in some windows, as a data loader does in
-# each epoch, is not met in three of them in a row.
-DRAWS_SEEN_IN, DRAWS_CYCLE = (7, 15), 15
 CHECKS = 5  # numbers that show whether ranks go together
 CPU = torch.device("cpu")
 
@@ -71,7 +67,7 @@ class Agreement:
         self._lead = math.inf
         self.followed: Facts = {}
         self._digest = 0
-        self._random: int | None = None
+        self._draws = RandomDraws(WINDOWS_AT_ONCE)
         self._sums: list[tuple[Row, Told]] = []  # of the checks, with what the digest was made of
         self._windows = 0
         self._end: Callable[[], None] | None = None
@@ -222,7 +218,7 @@ class Agreement:
         looked at; what the backward has left, nan where that is not known.
         """
         own, mean = slice(num_groups), slice(num_groups, 2 * num_groups)
-        drawn = self._drawn(row.device if isinstance(row, Tensor) else CPU)
+        drawn = self._draws.digest(self._windows, row.device if isinstance(row, Tensor) else CPU)
         state = digest((self._digest, self._settings))
         if isinstance(row, Tensor):
             of_all = row[mean].sum()
@@ -239,16 +235,6 @@ class Agreement:
         squares = (number * number for number in plain)
         rest = [] if extra is None else extra.tolist()
         return torch.tensor([*row, *plain, *squares, *rest], dtype=torch.float64, device=CPU)
-
-    def _drawn(self, device: torch.device) -> float:
-        """A digest of the random state, if some number was drawn since the last window; else 0."""
-        place = self._windows % DRAWS_CYCLE or DRAWS_CYCLE
-        looks = self._windows < WINDOWS_AT_ONCE or place in DRAWS_SEEN_IN
-        if not looks and place + 1 not in DRAWS_SEEN_IN:
-            return math.nan
-        now = _random_state(device)
-        drawn, self._random = now if self._random not in (None, now) else 0, now
-        return drawn if looks else math.nan
 
     def _plain_grads(self) -> list[Tensor]:
         return [grad for param in self._plain if (grad := param.grad) is not None]
@@ -354,11 +340,6 @@ def starting_facts(groups: Sequence[Sequence[Tensor]], ranks: Ranks) -> dict[str
             all_params, device_of(groups)
         ).item()
     return facts
-
-
-def _random_state(device: torch.device) -> int:
-    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-    return zlib.crc32(state.numpy().tobytes()) % DIGESTS
 
 
 def _divide(row: Row, where: slice, by: int) -> None:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"estimate"},
     {"control"},
-    {"capture", "distributed", "loop_checks", "parallel", "suspicions"},
+    {"capture", "distributed", "loop_checks", "parallel", "random_draws", "suspicions"},
     {"adaptation", "agreement", "clock", "deciding", "observers", "readings", "told", "words"},
     {"optim", "schedulers", "monitor"},
     {"", "__main__", "cli", "demo", "integrations", "plan", "record", "report", "watch"},
